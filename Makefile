@@ -1,0 +1,32 @@
+# On a fresh Debian or macOS machine with Python >= 3.11 and make: `make quickstart`, `make test`, `make bench`.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: quickstart test bench clean
+
+quickstart: export WANDB_DIR = out/quickstart
+quickstart: $(INSTALLED)
+	mkdir -p out/quickstart
+	$(BIN)/python -m data build --source inquiries --documents 3000 --vocab_size 2048 --out out/quickstart/data
+	$(BIN)/python -m gacha run sweeps/quickstart.yaml --jobs 2
+	$(BIN)/python -m gacha report out/quickstart/wandb --out out/quickstart/report.html
+
+test: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python bench.py
+
+clean:
+	rm -rf out runs wandb
+
+# A change of the dependencies installs again; everything else starts at once.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11: install a newer Python, or say make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -m venv .venv || { echo "error: no venv module: on Debian, apt install python3-venv" >&2; exit 2; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,82 @@
+"""Batches of token windows whose order depends on the seed and the global step alone.
+
+Nothing is remembered between steps: batch k is a pure function of (seed, k), so a resumed pull, or any rank of a larger
+job, asks for the same batch and gets it.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FEISTEL_ROUNDS = 4  # enough that the order looks random to statistical tests (Luby & Rackoff 1988: 3 suffice in theory)
+
+
+def permuted(index: np.ndarray, n: int, key: list[int]) -> np.ndarray:
+    """A keyed permutation of range(n) applied to `index` (int64), in O(1) memory whatever n is.
+
+    A Feistel network over the next power of four, walked along its cycle until it lands below n (Black & Rogaway 2002).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.random.SeedSequence(key).generate_state(FEISTEL_ROUNDS, np.uint64)
+
+    def scramble(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & mask
+        for k in keys:
+            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        return (left << half) | right
+
+    with np.errstate(over="ignore"):
+        out = scramble(index.astype(np.uint64))
+        while (outside := out >= n).any():
+            out[outside] = scramble(out[outside])
+    return out.astype(np.int64)
+
+
+class TokenStream:
+    """The token shards of one split as one memory-mapped sequence, cut into windows of `seq_len` predicted tokens."""
+
+    def __init__(self, shards: list[Path], seq_len: int, bos_id: int) -> None:
+        self.shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in shards]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.seq_len, self.bos_id = seq_len, bos_id
+        self.n_tokens = int(self.ends[-1])
+
+    @property
+    def n_windows(self) -> int:
+        return (self.n_tokens - 1) // self.seq_len
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int64, across shard boundaries."""
+        parts = []
+        first = int(np.searchsorted(self.ends, start, side="right"))
+        for shard, end in zip(self.shards[first:], self.ends[first:], strict=True):
+            offset = int(end) - len(shard)
+            parts.append(shard[max(0, start - offset) : stop - offset])
+            if end >= stop:
+                break
+        return np.concatenate(parts).astype(np.int64)
+
+    def windows(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (len(indices), seq_len) int64; a document's opening `<s>` is never a target (-1)."""
+        rows = np.stack([self.slice(i * self.seq_len, (i + 1) * self.seq_len + 1) for i in indices.tolist()])
+        targets = rows[:, 1:].copy()
+        targets[targets == self.bos_id] = -1
+        return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets)
+
+    def batch_indices(self, step: int, batch_size: int, seed: int) -> np.ndarray:
+        """Window numbers of global batch `step`: every epoch is another permutation of all windows."""
+        position = np.arange(step * batch_size, (step + 1) * batch_size)
+        indices = np.empty(batch_size, dtype=np.int64)
+        for epoch in np.unique(position // self.n_windows):
+            chosen = position // self.n_windows == epoch
+            indices[chosen] = permuted(position[chosen] % self.n_windows, self.n_windows, key=[seed, int(epoch)])
+        return indices
+
+    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Global batch `step` of the order that `seed` gives."""
+        return self.windows(self.batch_indices(step, batch_size, seed))

@@ -1,0 +1,408 @@
+"""The report as one HTML file: everything inlined, nothing requested, readable without JavaScript, safe to print.
+
+Every string that a run supplied passes `escape`; a content security policy forbids the rest (network, other scripts).
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from gacha import figures, runs
+from gacha.runs import Run
+
+HERE = Path(__file__).parent
+SAMPLES = 6
+"""At most this many rows of the best pull's table of samples are shown."""
+MEANING = {
+    "ok": "finished, loss healthy to the end",
+    "spiked": "finished; the loss left its trend and came back",
+    "diverged": "stopped: the loss left its trend for good, or was not finite",
+    "stopped": "asked to stop before the end, everything saved",
+    "crashed": "killed or failed: no exit record",
+    "running": "still writing",
+}
+NONE = '<span class="none">–</span>'
+
+
+def build(report: dict[str, Any], pulls: list[Run]) -> str:
+    """The page's HTML, given `report.summarise`'s numbers and the runs they came from."""
+    import plotly
+
+    drawn = figures.build(report, pulls)
+    bundle = (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    script = (HERE / "report.js").read_text(encoding="utf-8")
+    style = theme_css() + (HERE / "report.css").read_text(encoding="utf-8")
+    packed = base64.b64encode(gzip.compress(bundle.encode(), 9, mtime=0)).decode()
+    allowed = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'" for code in (script, bundle)
+    )
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {allowed}"
+    title = ", ".join(report["projects"]) or report["source"]
+    data = {"figures": drawn, "dark": dict(figures.PALETTE.values())}
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)} · llm-gacha report</title>
+<style>{style}</style>
+</head>
+<body>
+{(HERE / "report.svg").read_text(encoding="utf-8")}
+<header class="top"><p class="brand">{icon("ok")}<span>llm-gacha</span></p>
+<button type="button" id="theme" hidden>Dark</button></header>
+<main>
+{hero(report)}
+{table(report)}
+{curve_section(report, drawn)}
+{odds_section(report, drawn)}
+{cost_section(report)}
+{sample_section(report, pulls)}
+{notes(report)}
+</main>
+<script type="application/json" id="data">{for_script(data)}</script>
+<script type="text/plain" id="plotly">{packed}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def for_script(value: Any) -> str:
+    """JSON that no content can break out of a script element with."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def theme_css() -> str:
+    """The palette as CSS variables: light, dark by the reader's system, and either one by choice."""
+    light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in figures.PALETTE.items()) for i in (0, 1))
+    return (
+        f":root{{{light}}}\n@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}\n"
+        f"@media screen{{:root[data-theme=dark]{{{dark}}}}}\n"
+    )
+
+
+def hero(report: dict[str, Any]) -> str:
+    """The answer first: which pull to keep, how sure, and the tray of capsules."""
+    best, rows = report["best"], report["pulls"]
+    recipes = len(report["recipes"])
+    where = " · ".join(escape(name) for name in report["projects"]) or escape(report["source"])
+    if report["sweeps"]:
+        where += " · sweep " + ", ".join(f"<code>{escape(sweep)}</code>" for sweep in report["sweeps"])
+    counted = f"{len(rows)} pull{'s' * (len(rows) != 1)} of {recipes} recipe{'s' * (recipes != 1)}"
+    if best is None:
+        going = report["status"].get("running", 0)
+        verdict = "Nothing to keep yet" if going else "No pull to keep"
+        lead = "No pull has finished with a validation score" + (f"; {going} still running." if going else ".")
+    else:
+        verdict = f"Keep <em>{escape(short(best, rows))}</em>"
+        lead = sureness(report)
+    wall = len(rows) > 14  # too many for labels: small capsules, their names on hover and in the table
+    tray = "".join(
+        f'<li class="{row["status"]}{" kept" if best and row["run_id"] == best["run_id"] else ""}" '
+        f'title="{escape(str(row["name"]))}: {row["status"]}">{icon(row["status"])}'
+        f"<b>{escape(short(row, rows))}</b><span>{row['status']}</span></li>"
+        for row in rows[:500]
+    )
+    return f"""<section class="hero">
+<p class="kicker">{where} — {counted}</p>
+<h1>{verdict}</h1>
+<p class="lead">{lead}</p>
+<ol class="tray{" wall" if wall else ""}" aria-label="The pulls, best first">{tray}</ol>
+<dl class="keys">{"".join(key_numbers(report))}</dl>
+</section>"""
+
+
+def short(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """`s3` where seeds tell the pulls apart in what is shown, else the pull's full name."""
+    same = [other for other in rows if other["seed"] == row["seed"] and other["recipe"] == row["recipe"]]
+    return f"s{row['seed']}" if row["seed"] is not None and len(same) == 1 else str(row["name"])
+
+
+def sureness(report: dict[str, Any]) -> str:
+    """The lead over the second best in seed sd, and whether so much of a lead is anything special."""
+    best = report["best"]
+    recipe = next(r for r in report["recipes"] if r["recipe"] == best["recipe"])
+    text = f"<strong>{escape(str(best['name']))}</strong> reaches {best['val_bpb']:.4f} bits per byte"
+    if best["runner_up"] is None:
+        return text + "; it is its recipe's only finished pull, so nothing says how lucky it was."
+    text += f", {best['lead']:.4f} below {escape(str(best['runner_up']))}."
+    if math.isnan(best["lead_sd"]):
+        return text + " Two finished pulls are too few to say whether that is much."
+    n = recipe["n_finals"]
+    text += f" That is {best['lead_sd']:.2f} of the spread between seeds (sd {recipe['sd']:.4f}, n = {n}); "
+    share = best["lead_share"]
+    said = f"{share:.0%} of sets of {n} equal, normally scattered pulls have a winner that leads by as much"
+    if share > 0.2:
+        return text + f"{said}: nothing says it is more than the luckiest of equals."
+    return text + f"only {said}, so it stands out from its siblings."
+
+
+def key_numbers(report: dict[str, Any]) -> list[str]:
+    """The row of large numbers: best, spread, divergence, cost."""
+    best, main, total = report["best"], report["recipes"][0], report["cost"]["total"]
+
+    def key(name: str, value: str, note: str) -> str:
+        return f"<div><dt>{name}</dt><dd>{value}</dd><dd class='note'>{note}</dd></div>"
+
+    base = report["baseline_bpb"]
+    told = []
+    if best:
+        if base:
+            side = "below" if best["val_bpb"] < base else "above"
+            note = f"{abs(1 - best['val_bpb'] / base):.1%} {side} a Kneser–Ney 5-gram ({base:.4f})"
+        else:
+            note = "bits per UTF-8 byte, lower is better"
+        told.append(key("Best val/bpb", f"{best['val_bpb']:.4f}", note))
+    n = main["n_finals"]
+    if n > 1:
+        note = f"sd of val/bpb over {n} seeds, mean {main['mean']:.4f}; 95% {main['sd_lo']:.4f} to {main['sd_hi']:.4f}"
+        told.append(key("Spread over seeds", f"{main['sd']:.4f}", note))
+    rates = [r["p_diverge"] for r in report["recipes"] if r["p_diverge"]]
+    if p := main["p_diverge"]:
+        note = f"of recipe {escape(main['recipe'])}; 95% {p['lo']:.0%} to {p['hi']:.0%}"
+        if len(rates) > 1:
+            note += f" · all recipes: {sum(r['k'] for r in rates)} of {sum(r['n'] for r in rates)}"
+        told.append(key("Diverged", f"{p['k']} of {p['n']}", note))
+    note = f"{duration(total['seconds'])} of device time, {si(total['flops'])}FLOPs"
+    told.append(key("Cost", money(total["money"]) if total["money"] else duration(total["seconds"]), note))
+    return told
+
+
+def table(report: dict[str, Any]) -> str:
+    """The pulls, one per row; report.js makes the headings sort."""
+    rows, varied = report["pulls"], report["varied"]
+    currencies = {row["currency"] for row in rows if row["currency"]}
+    unit = f" ({escape(next(iter(currencies)))})" if len(currencies) == 1 else ""
+    heads = [
+        "Pull",
+        "Recipe",
+        "Seed",
+        *map(escape, varied),
+        "Status",
+        "val/bpb",
+        "val/loss min",
+        "Tokens",
+        "Budget used",
+    ]
+    heads += ["Diverged at", "Time", "FLOPs", f"Money{unit}"]
+    text = {"Pull", "Recipe", "Status"}
+    head = "".join(
+        f'<th scope="col" aria-sort="{"ascending" if name == "val/bpb" else "none"}"'
+        f'{"" if name in text else " class=number"}><button type="button">{name}</button></th>'
+        for name in heads
+    )
+    body = "".join(table_row(row, varied, report["best"], len(currencies) > 1) for row in rows)
+    rough = any(row["estimated"] for row in rows)
+    caption = "val/bpb of a pull that did not finish is its last one measured, and counts in no statistic. "
+    caption += "≈ is estimated at its siblings' rate: a killed pull leaves no bill." if rough else ""
+    tall = " tall" if len(rows) > 16 else ""
+    return f"""<section><h2>The pulls</h2>
+<div class="scroll{tall}" role="region" aria-label="Table of pulls" tabindex="0"><table id="pulls">
+<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+<p class="caption">{caption}</p></section>"""
+
+
+def table_row(row: dict[str, Any], varied: list[str], best: dict[str, Any] | None, mixed: bool) -> str:
+    """One pull's row; `data-v` carries what a column sorts by."""
+    kept = best is not None and row["run_id"] == best["run_id"]
+    finished = row["status"] in ("ok", "spiked")
+
+    def cell(value: Any, shown: str, kind: str = "number") -> str:
+        raw = "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+        return f'<td class="{kind}" data-v="{escape(str(raw))}">{NONE if raw == "" else shown}</td>'
+
+    def rough(field: str, shown: str) -> str:
+        return ("≈ " if field in row["estimated"] else "") + shown
+
+    used = row["tokens"] / row["tokens_budget"] if row["tokens_budget"] > 0 else math.nan
+    bar = f'<span class="bar" aria-hidden="true"><i style="width:{min(used, 1) * 100:.1f}%"></i></span>{used:.0%}'
+    status = row["status"]
+    badge = f'<span class="badge {status}" title="{MEANING[status]}">{icon(status)}{status}</span>'
+    name = escape(str(row["name"])) + (' <span class="keep">keep</span>' if kept else "")
+    bpb = f"{row['val_bpb']:.4f}"
+    paid = rough("money", f"{row['money']:.3g}" + (f" {escape(row['currency'])}" if mixed else ""))
+    cells = [
+        f'<th scope="row" data-v="{escape(str(row["name"]))}" title="run {escape(row["run_id"])}">{name}</th>',
+        cell(row["recipe"], f"<code>{escape(row['recipe'][:16])}</code>", "text"),
+        cell(row["seed"], escape(str(row["seed"]))),
+        *(cell(row[key], escape(setting(row[key]))) for key in varied),
+        cell(list(MEANING).index(row["status"]), badge, "text"),
+        cell(row["val_bpb"] if finished else math.nan, bpb)
+        if finished or math.isnan(row["val_bpb"])
+        else f'<td class="number partial" data-v="" title="last measured, not a final">{bpb}</td>',
+        cell(row["val_loss_min"], f"{row['val_loss_min']:.4f}"),
+        cell(row["tokens"], si(row["tokens"])),
+        cell(used, bar if math.isfinite(used) else "", "number used"),
+        cell(row["diverged_at"], "" if math.isnan(row["diverged_at"]) else f"{row['diverged_at']:.1%}"),
+        cell(row["seconds"], rough("seconds", duration(row["seconds"]))),
+        cell(row["flops"], rough("flops", si(row["flops"]))),
+        cell(row["money"], paid),
+    ]
+    classes = f"{row['status']}{' kept' if kept else ''}"
+    return f'<tr class="{classes}" data-run="{escape(row["run_id"])}">{"".join(cells)}</tr>'
+
+
+def figure(name: str, drawn: dict[str, Any], title: str, caption: str) -> str:
+    """A figure's place, its height kept before the script fills it; empty when it was not drawn."""
+    if name not in drawn:
+        return ""
+    height = drawn[name]["layout"]["height"]
+    return f"""<figure><h3>{title}</h3><div class="plot" data-figure="{name}" style="min-height:{height}px">
+<noscript>Figures need JavaScript; every number they show is in the tables and in report.json.</noscript></div>
+<figcaption>{caption}</figcaption></figure>"""
+
+
+def curve_section(report: dict[str, Any], drawn: dict[str, Any]) -> str:
+    """Curves over tokens and the diverged pull's last moments."""
+    if not drawn.keys() & {"loss", "bpb", "event"}:
+        return ""
+    first = next((row for row in report["pulls"] if row["status"] == "diverged"), None)
+    band = "Thin: one pull. Thick: mean of a recipe's finished seeds; shade: their lowest to highest."
+    off = " The vertical range is the healthy pulls'; a diverged pull leaves it at the top." if first else ""
+    off += " Drag to zoom, double-click to come back."
+    name = escape(str(first["name"])) if first else ""
+    legend = "".join(
+        f'<li><i style="background:var(--{"ok" if i == 0 else f"recipe{i}"})"></i>'
+        f"<code>{escape(r['recipe'][:16])}</code> "
+        + ", ".join(f"{escape(key)} {escape(setting(r[key]))}" for key in report["varied"])
+        + "</li>"
+        for i, r in enumerate(report["recipes"][:5])
+        if r["n_finished"]
+    )
+    if first:
+        legend += '<li><i style="background:var(--diverged)"></i>diverged</li>'
+    if {"crashed", "stopped", "running"} & report["status"].keys():
+        legend += '<li><i class="dotted"></i>did not finish</li>'
+    return f"""<section><h2>Curves</h2><ul class="legend">{legend}</ul>
+<div class="pair">{figure("loss", drawn, "Training loss", band + off)}
+{figure("bpb", drawn, "Validation, bits per byte", "Comparable across tokenizers; lower is better.")}</div>
+{figure("event", drawn, "The moment it diverged", f"{name} before it was stopped; its finished siblings in blue.")}
+</section>"""
+
+
+def odds_section(report: dict[str, Any], drawn: dict[str, Any]) -> str:
+    """Spread over seeds and what another pull is worth."""
+    if "strip" not in drawn:
+        return ""
+    recipe = report["recipes"][0]
+    n = recipe["n_finals"]
+    dots = "One dot per finished pull, the best one ringed; below them mean ± sd."
+    if recipe["outliers"]:
+        dots += f" Far from the others (robust z above 3.5): {', '.join(map(escape, recipe['outliers']))}."
+    worth = (
+        f"Mean best of all subsets of the {n} finished pulls of <code>{escape(recipe['recipe'][:16])}</code> "
+        "(unbiased). Shade: 95% percentile interval of a bootstrap over runs"
+    )
+    worth += "; with so few pulls it is crude, and never reaches below the best one seen." if n < 10 else "."
+    if recipe["n_diverged"]:
+        worth += " The cost includes the diverged pulls met on the way."
+    return f"""<section><h2>Luck</h2><div class="pair">
+{figure("strip", drawn, "Spread over seeds", dots)}
+{figure("best_of", drawn, "Expected best of so many pulls", worth)}</div></section>"""
+
+
+def cost_section(report: dict[str, Any]) -> str:
+    """Where the money went."""
+    lines = [
+        ("total", "All pulls", ""),
+        ("diverged", "Spent on pulls that diverged", "nothing to keep"),
+        ("unfinished", "Spent on pulls that did not finish", "stopped or crashed; resumable from their checkpoint"),
+        ("saved", "Saved by stopping diverged pulls", "the rest of their budget at their own rate"),
+    ]
+    body = "".join(
+        f'<tr class="{name}"><th scope="row">{label}<small>{note}</small></th><td class="number">{bill["pulls"]}</td>'
+        f'<td class="number">{si(bill["tokens"])}</td><td class="number">{si(bill["flops"])}</td>'
+        f'<td class="number">{duration(bill["seconds"])}</td>'
+        f'<td class="number">{money(bill["money"]) or NONE}</td></tr>'
+        for name, label, note in lines
+        if (bill := report["cost"][name])["pulls"]
+    )
+    heads = "".join(
+        f"<th scope=col class=number>{h}</th>" for h in ("Pulls", "Tokens", "FLOPs", "Device time", "Money")
+    )
+    return f"""<section><h2>Cost</h2>
+<div class="scroll" role="region" aria-label="Cost" tabindex="0"><table class="cost">
+<thead><tr><th scope="col"></th>{heads}</tr></thead><tbody>{body}</tbody></table></div></section>"""
+
+
+def sample_section(report: dict[str, Any], pulls: list[Run]) -> str:
+    """What the best pull writes."""
+    best = report["best"]
+    run = next((run for run in pulls if best and run.id == best["run_id"]), None)
+    rows = runs.table(run.tables["samples"]) if run and "samples" in run.tables else []
+    if not rows or best is None:
+        return ""
+    newest = [row for row in rows if row.get("step") == rows[-1].get("step")][:SAMPLES]
+    said = []
+    for row in newest:
+        prompt, text = (str(row.get(key) or "") for key in ("prompt", "text"))
+        text = text.removeprefix(prompt)
+        said.append(f'<blockquote lang="ja"><p><mark>{escape(prompt)}</mark>{escape(text)}</p></blockquote>')
+    return f"""<section><h2>What it writes</h2>
+<p class="caption">{escape(str(best["name"]))}, prompts marked; sampled at the end of the pull, not selected.</p>
+<div class="samples">{"".join(said)}</div></section>"""
+
+
+def notes(report: dict[str, Any]) -> str:
+    """How the numbers are made, and from what."""
+    items = [
+        "Only finished pulls (ok, spiked) count in spread and best-of; probabilities of divergence are of finished and "
+        "diverged pulls, with the exact (Clopper–Pearson) 95% interval.",
+        "Ranking is exact on this validation set. How far it carries to other text is not measured here.",
+        "The sd's interval is the chi-square one, right if finals scatter normally.",
+        "bpb: bits per UTF-8 byte of the validation text, all pieces and document ends scored.",
+    ]
+    if report["damaged"]:
+        items.append(f"{report['damaged']} damaged stretches of the run files were skipped; what they held is missing.")
+    listed = "".join(f"<li>{item}</li>" for item in items)
+    return f"""<footer><h2>How to read this</h2><ul>{listed}</ul>
+<p>Read from <code>{escape(report["source"])}</code>, {escape(report["generated"])}. The same numbers are in report.json
+beside this page.</p></footer>"""
+
+
+def icon(status: str) -> str:
+    """The status's capsule, decorative: the word always stands beside it."""
+    return f'<svg class="capsule" aria-hidden="true" viewBox="0 0 32 32"><use href="#c-{status}"/></svg>'
+
+
+def setting(value: Any) -> str:
+    """A configuration value, short."""
+    return f"{value:g}" if isinstance(value, float) else str(value)[:40]
+
+
+def si(value: float) -> str:
+    """Three digits and an SI prefix: 4.00M; nothing known gives an empty string."""
+    if not math.isfinite(value):
+        return ""
+    for power, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(value) >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if not math.isfinite(seconds):
+        return ""
+    if seconds < 90:
+        return f"{seconds:.3g} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} d"
+
+
+def money(amounts: dict[str, float]) -> str:
+    """Sums by currency, three digits or whole units."""
+    return " + ".join(
+        escape(f"{amount:,.0f} {currency}" if amount >= 1000 else f"{amount:.3g} {currency}")
+        for currency, amount in amounts.items()
+    )

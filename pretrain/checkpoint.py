@@ -1,0 +1,189 @@
+"""Checkpoints: Hugging Face folders that also resume training.
+
+    step-00000400/
+        config.json  model.safetensors  generation_config.json     AutoModelForCausalLM loads these
+        tokenizer.json  tokenizer_config.json  tokenizer.model ...  AutoTokenizer loads these
+        training_state.safetensors  training_state.json            optimizer, RNG, guard, loader, clock
+A folder appears under its name only when every byte of it is on disk.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from console import UserError
+from pretrain.model import ModelConfig, Transformer
+
+STATE_JSON, STATE_TENSORS, WEIGHTS = "training_state.json", "training_state.safetensors", "model.safetensors"
+KEPT = 2  # checkpoints of a pull
+
+
+def hugging_face_config(c: ModelConfig, bos_id: int, eos_id: int) -> dict[str, Any]:
+    """config.json of a Llama, or of a Qwen3 with QK-norm. rope_theta is said twice: transformers 5 and those before."""
+    return {
+        "architectures": ["Qwen3ForCausalLM" if c.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if c.qk_norm else "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "intermediate_size": c.d_ff,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": c.seq_len,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "tie_word_embeddings": c.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "dtype": "float32",
+    }
+
+
+def folders(pull: Path) -> list[Path]:
+    """Complete checkpoints of a pull, oldest first."""
+    return sorted(path for path in (pull / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def save(
+    pull: Path,
+    model: Transformer,
+    optimizers: list[torch.optim.Optimizer],
+    state: dict[str, Any],
+    tokenizer: Path,
+    keep_step: int = -1,
+) -> Path:
+    """Write the checkpoint of `state["step"]` updates, then drop all but the last KEPT and the newest <= `keep_step`.
+
+    Raises OSError when the disk is full or may not be written; earlier checkpoints are untouched then.
+    """
+    final = pull / "checkpoints" / f"step-{state['step']:08d}"
+    part = final.with_name(f".{final.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(tokenizer, part)
+        weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+        _save_tensors(weights, part / WEIGHTS)
+        _save_tensors(_optimizer_tensors(model, optimizers) | _rng_tensors(), part / STATE_TENSORS)
+        bos_id, eos_id = state["bos_id"], state["eos_id"]
+        hf_config = hugging_face_config(model.config, bos_id, eos_id)
+        _write_json(part / "config.json", hf_config)
+        _write_json(
+            part / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True}
+        )
+        sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir())}
+        _write_json(part / STATE_JSON, {**state, "files": sizes})
+        for path in part.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    older = [folder for folder in folders(pull) if step_of(folder) <= keep_step]
+    keep = {*folders(pull)[-KEPT:], *older[-1:]}
+    for folder in folders(pull):
+        if folder not in keep:
+            shutil.rmtree(folder)
+    return final
+
+
+def drop_since(pull: Path, onset_step: int) -> None:
+    """Remove the checkpoints that a divergence reaches into: those with updates from `onset_step` on."""
+    for folder in folders(pull):
+        if step_of(folder) > onset_step:
+            shutil.rmtree(folder)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """training_state.json of a checkpoint whose files are all there and whole. Raises UserError naming what is not."""
+    older = [f.name for f in folders(folder.parent.parent) if f.name < folder.name]
+    advice = f"delete the folder to go on from {older[-1]}" if older else "delete the folder to start the pull again"
+    if not (folder / STATE_JSON).is_file():
+        raise UserError(f"checkpoint {folder} lacks {STATE_JSON}: restore the file, or {advice}")
+    try:
+        state = json.loads((folder / STATE_JSON).read_bytes())
+    except ValueError:
+        raise UserError(f"checkpoint {folder}: {STATE_JSON} is not JSON: restore the file, or {advice}") from None
+    for name, size in state["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"checkpoint {folder} lacks {name}: restore the file, or {advice}")
+        if path.stat().st_size != size:
+            raise UserError(f"checkpoint {folder}: {name} has {path.stat().st_size} bytes, not {size}: {advice}")
+    return state
+
+
+def load(folder: Path, model: Transformer, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Put the weights, optimizer and RNG of a verified checkpoint in place; returns its training_state.json."""
+    state = verify(folder)
+    try:
+        weights = load_file(folder / WEIGHTS)
+        tensors = load_file(folder / STATE_TENSORS)
+    except SafetensorError as error:
+        raise UserError(f"checkpoint {folder} cannot be read ({error}): delete the folder") from None
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    if "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors.pop("rng.cuda"))
+    for key, tensor in tensors.items():
+        index, name, field = key.split("/")
+        parameter = parameters[name]
+        # AdamW keeps its step count on the CPU unless fused on a GPU, where it must sit beside the moments.
+        optimizers[int(index)].state[parameter][field] = tensor.to(parameter.device)
+    return state
+
+
+def _optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{index}/{names[parameter]}/{field}": tensor.detach().cpu().contiguous()
+        for index, optimizer in enumerate(optimizers)
+        for parameter, fields in optimizer.state.items()
+        for field, tensor in fields.items()
+    }
+
+
+def _rng_tensors() -> dict[str, Tensor]:
+    state = {"rng.cpu": torch.get_rng_state()}
+    return state | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors' save_file, whose Rust error on a full disk becomes the OSError that it was."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(_errno_in(str(error)), f"cannot write ({error})", str(path)) from None
+
+
+def _errno_in(message: str) -> int:
+    found = re.search(r"os error (\d+)", message)
+    return int(found.group(1)) if found else errno.EIO
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

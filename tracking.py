@@ -1,0 +1,213 @@
+"""The one module that writes to wandb: a run's start, its rows, tables, artifacts and its end.
+
+Tracking may never kill or stall a run that somebody pays for. wandb's core is another process: when it dies, `log` and
+`finish` raise ConnectionResetError; when it hangs, they block for ever (after 775 rows, measured on 0.31). So every
+call is made by one background thread from a bounded queue, and what W&B cannot take is counted and said, not awaited.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+ROWS_WAITING = 20_000  # rows held for a core that does not answer; then the newest are dropped and counted
+FINISH_SECONDS = {"offline": 60.0, "online": 600.0}  # an upload may take minutes; writing a file may not
+INIT_SECONDS = 60.0  # for a server that does not answer, before the run goes on offline
+PROJECT = "llm-gacha"
+LIBRARIES = ("torch", "numpy", "transformers", "wandb", "sentencepiece", "tokenizers", "safetensors")
+
+
+def recipe_hash(config: Mapping[str, Any], leave_out: frozenset[str]) -> str:
+    """Eight hex digits of a configuration without its seeds (and other fields of `leave_out`): the sweep's group."""
+    kept = {key: value for key, value in sorted(config.items()) if key not in leave_out}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def git_commit() -> str:
+    """Commit of this checkout, with `+` when tracked files differ from it; `unknown` outside git."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=here, capture_output=True, check=False)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip()[:12] + ("+" if dirty.returncode else "")
+
+
+def cpu_name() -> str:
+    """Model name of the processor and how many of its cores this process may use."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name} x {cores}"
+
+
+class Tracker:
+    """One W&B run. Made by `start`; every method returns at once, `finish` within FINISH_SECONDS."""
+
+    def __init__(self, run: Any, mode: str) -> None:
+        self.run, self.mode = run, mode
+        self.id: str = run.id
+        self.jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=ROWS_WAITING)
+        self.dropped = 0
+        self.stuck = False
+        self.complaint = ""
+        self.thread = threading.Thread(target=self._work, name="wandb-writer", daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            try:
+                job()
+            except Exception as error:  # whatever wandb raises, the run that is paid for goes on
+                self.dropped += 1
+                if not self.complaint:
+                    self.complaint = f"{type(error).__name__}: {error}"
+                    print(
+                        f"W&B stopped taking records, the run goes on ({self.complaint})", file=sys.stderr, flush=True
+                    )
+
+    def _do(self, job: Callable[[], None]) -> None:
+        try:
+            self.jobs.put_nowait(job)
+        except queue.Full:
+            self.dropped += 1
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        """One row of history; `step` is our own global step, since offline W&B restarts its own at 0 on resume."""
+        self._do(lambda: self.run.log(row, step=step))
+
+    def summary(self, values: dict[str, Any]) -> None:
+        self._do(lambda: self.run.summary.update(values))
+
+    def table(self, name: str, columns: list[str | int], rows: list[list[Any]], step: int) -> None:
+        import wandb
+
+        self._do(lambda: self.run.log({name: wandb.Table(columns=columns, data=rows)}, step=step))
+
+    def alert(self, title: str, text: str) -> None:
+        self._do(lambda: self.run.alert(title=title, text=text))
+
+    def artifact(self, name: str, kind: str, folder: Path, metadata: dict[str, Any]) -> None:
+        """`folder` as a W&B artifact by reference: its files stay where they are, nothing is copied or uploaded."""
+        import wandb
+
+        def job() -> None:
+            artifact = wandb.Artifact(name, type=kind, metadata=metadata)
+            artifact.add_reference(folder.resolve().as_uri(), checksum=False)
+            self.run.log_artifact(artifact)
+
+        self._do(job)
+
+    def use_artifact(self, name: str) -> None:
+        """Draw lineage in W&B where a server can resolve it; offline wandb raises, and config["lineage"] has it."""
+        if self.mode == "online":
+            self._do(lambda: self.run.use_artifact(name))
+
+    def mark_preempting(self) -> None:
+        self._do(lambda: self.run.mark_preempting())
+
+    def finish(self, exit_code: int) -> None:
+        """End the run with its exit code. If W&B does not answer in time, says so and sets `stuck`."""
+        self._do(lambda: self.run.finish(exit_code=exit_code))
+        with contextlib.suppress(queue.Full):
+            self.jobs.put(None, timeout=1.0)
+        self.thread.join(FINISH_SECONDS[self.mode])
+        self.stuck = self.thread.is_alive()
+        if self.stuck:
+            # wandb's own exit hook would wait for the hung core without end; hooks run last-registered first.
+            atexit.register(os._exit, exit_code)
+        if self.stuck or self.dropped:
+            lost = f"{self.dropped} records were lost" if self.dropped else "it did not answer at the end"
+            print(f"W&B: {lost}; the run itself is complete on disk", file=sys.stderr, flush=True)
+
+
+def start(
+    stage: str,
+    config: dict[str, Any],
+    *,
+    name: str,
+    recipe: str,
+    tags: list[str],
+    x_axis: Literal["tokens", "step"] | None,
+    run_id: str | None = None,
+    lineage: dict[str, Any] | None = None,
+    hardware: str | None = None,
+) -> Tracker:
+    """Open the W&B run of one stage with the house's records: group = recipe, job_type = stage, x axis, lineage.
+
+    WANDB_MODE is respected. With no mode and no key the run is offline, said once; a server that does not answer makes
+    it offline too. Never a prompt. `run_id` continues a run of that id (a resumed pull).
+    """
+    import wandb
+    from wandb.sdk.lib.wbauth import wbnetrc
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    known = wandb.setup().settings
+    chosen = os.environ.get("WANDB_MODE") or (known.mode if known.mode != "online" else None)
+    has_key = any(os.environ.get(key) for key in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
+    has_key = has_key or wbnetrc.read_netrc_auth(host=known.base_url) is not None
+    mode: Any = chosen or ("online" if has_key else "offline")
+    if not chosen and not has_key:
+        print(
+            "W&B: no key and no WANDB_MODE, so this run is recorded offline (wandb sync sends it later)",
+            file=sys.stderr,
+        )
+
+    commit = git_commit()
+    record = {
+        **config,
+        "stage": stage,
+        "recipe": recipe,
+        "git_commit": commit,
+        "hardware": hardware or cpu_name(),
+        "versions": {"python": platform.python_version()} | {lib: _version(lib) for lib in LIBRARIES},
+        "lineage": lineage or {},
+    }
+    # A default flush of 15 s loses the tail of a killed run; the field's name is checked so that a rename is noticed.
+    settings = wandb.Settings(x_transaction_log_flush_interval=1.0, init_timeout=INIT_SECONDS)
+    in_sweep = bool(os.environ.get("WANDB_SWEEP_ID"))
+    arguments: dict[str, Any] = {
+        "project": os.environ.get("WANDB_PROJECT") or PROJECT,
+        "config": record,
+        "group": os.environ.get("WANDB_RUN_GROUP") or recipe,
+        "job_type": stage,
+        "name": name,
+        "tags": [*tags, f"commit:{commit}"],
+        "settings": settings,
+    }
+    if run_id and not in_sweep:
+        arguments |= {"id": run_id, "resume": "allow"}
+    try:
+        run = wandb.init(mode=mode, **arguments)
+    except Exception as error:
+        if mode != "online":
+            raise
+        print(f"W&B: no answer from the server, recorded offline instead ({error})", file=sys.stderr, flush=True)
+        wandb.teardown()
+        mode = "offline"
+        run = wandb.init(mode=mode, **arguments)
+    if x_axis:
+        run.define_metric(x_axis)
+        run.define_metric("*", step_metric=x_axis)
+        run.define_metric("val/loss", step_metric=x_axis, summary="min")
+    return Tracker(run, "online" if mode in ("online", "shared") else "offline")
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

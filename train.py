@@ -1,0 +1,36 @@
+"""The one door for training: `python train.py STAGE [--flag value ...]`, the `program:` of every sweep.
+
+    pretrain   a model from scratch on the token shards of `python -m data build`
+    sample     look at what came out: `python train.py sample CHECKPOINT --prompt TEXT`
+
+--dry_run checks the flags and the inputs of a training stage, prints the configuration as JSON and trains nothing.
+"""
+
+import sys
+
+import console
+
+STAGES = ("pretrain", "sample")
+
+
+def main() -> int | None:
+    """Dispatch to a stage; each is imported only when asked for, so that --help answers at once."""
+    stage, *argv = sys.argv[1:] or ["--help"]
+    if stage in ("-h", "--help"):
+        print(f"usage: python train.py {{{','.join(STAGES)}}} [--flag value ...]\n\n{__doc__}")
+        return 0
+    dry_run = "--dry_run" in argv
+    argv = [flag for flag in argv if flag != "--dry_run"]
+    if stage == "pretrain":
+        from pretrain import pretrain
+
+        return pretrain.main(argv, dry_run)
+    if stage == "sample":
+        from pretrain import sample
+
+        return sample.main(argv)
+    raise console.UserError(f"unknown stage {stage!r}: choose {' or '.join(STAGES)}")
+
+
+if __name__ == "__main__":
+    console.door(main)
