@@ -134,14 +134,16 @@ def on_grid(series: Series, grid: np.ndarray) -> np.ndarray:
     return mean
 
 
-def healthy_range(lines: list[Series], extra: float | None) -> tuple[float, float] | None:
-    """y limits that hold the healthy lines but for the steep first tenth of their tokens."""
-    late = [line.value[line.tokens >= 0.1 * line.tokens[-1]] for line in lines]
+def healthy_range(lines: list[Series], extra: float | None, whole: bool) -> tuple[float, float] | None:
+    """y limits that hold the healthy lines, the steep first tenth of their tokens only if `whole`."""
+    late = [line.value[line.tokens >= (0.0 if whole else 0.1) * line.tokens[-1]] for line in lines]
     values = np.concatenate([*late, [extra or math.nan]])
     values = values[np.isfinite(values)]
     if not len(values):
         return None
     low, high = float(values.min()), float(values.max())
+    if whole and low > 0:
+        return 0.95 * low, 1.3 * high
     pad = 0.06 * (high - low or abs(high) or 1.0)
     return low - pad, high + pad
 
@@ -160,8 +162,15 @@ def curves(metric: str, y_title: str, rows: list[Any], colours: dict[str, int], 
     healthy = [(row, curve) for row, curve in found if row["status"] in ("ok", "spiked")] or [
         (row, curve) for row, curve in found if row["status"] != "diverged"
     ]
-    limits = healthy_range([curve for _, curve in healthy or found], baseline)
-    figure.update_yaxes(range=limits)
+    limits = healthy_range([curve for _, curve in healthy or found], baseline, whole=metric == "train/loss")
+    if limits and metric == "train/loss" and limits[0] > 0:
+        # From ln V to the end in one picture: where a lost pull left its siblings is often the first hundred steps.
+        shown = [m * 10.0**e for e in range(-3, 5) for m in (1, 1.5, 2, 3, 5, 7)]
+        figure.update_yaxes(
+            type="log", range=np.log10(limits), tickvals=shown, ticktext=[f"{tick:g}" for tick in shown]
+        )
+    else:
+        figure.update_yaxes(range=limits)
     ends, diverged = {}, sum(row["status"] == "diverged" for row, _ in found)
     for recipe, which in reversed(colours.items()):
         members = [curve for row, curve in healthy if row["recipe"] == recipe and row["status"] in ("ok", "spiked")]
@@ -200,9 +209,7 @@ def curves(metric: str, y_title: str, rows: list[Any], colours: dict[str, int], 
     if baseline:
         figure.add_hline(y=baseline, line={"color": C["muted"], "width": 1, "dash": "dash"})
         text = f"Kneser–Ney 5-gram {baseline:.3f}"
-        figure.add_annotation(
-            x=1, xref="paper", y=baseline, text=text, showarrow=False, xanchor="right", yanchor="bottom"
-        )
+        figure.add_annotation(x=0, xref="paper", y=baseline, text=text, showarrow=False, xanchor="left", yanchor="top")
     return figure
 
 
@@ -213,8 +220,9 @@ def mark_divergence(
     import plotly.graph_objects as go
 
     at = row["diverged_at_tokens"] if math.isfinite(row["diverged_at_tokens"]) else float(x[-1])
-    top = limits[1] - 0.03 * (limits[1] - limits[0]) if limits else float(y[-1])
-    height = min(float(y[-1]), top)
+    log = figure.layout.yaxis.type == "log"
+    low, high = limits or (float(y[-1]), float(y[-1]))
+    height = min(float(y[-1]), high * (low / high) ** 0.03 if log else high - 0.03 * (high - low))
     share = f" at {row['diverged_at']:.0%} of its budget" if math.isfinite(row["diverged_at"]) else ""
     marker = {"symbol": "x", "size": 10, "color": C["diverged"], "line": {"width": 1.5, "color": C["card"]}}
     told = f"<b>{seed_name(row)}</b> diverged{share}<extra></extra>"
@@ -224,16 +232,17 @@ def mark_divergence(
     if not labelled:
         return
     figure.add_annotation(
-        x=at, y=height, text=f"{seed_name(row)} diverged{share}", showarrow=False, xanchor="left", xshift=10,
+        x=at, y=math.log10(height) if log else height, text=f"{seed_name(row)} diverged{share}",
+        showarrow=False, xanchor="left", xshift=10,
         font={"color": C["diverged"]},
     )  # fmt: skip
 
 
 def event(rows: list[Any]) -> Any:
-    """Gradient norm and loss z-score of the first diverged pull around its end, before its finished siblings."""
+    """Gradient norm and loss of the first diverged pull around its end, before its finished siblings."""
     import plotly.graph_objects as go
 
-    panels = (("stability/grad_norm", "gradient norm"), ("stability/loss_z", "loss, robust z"))
+    panels = (("stability/grad_norm", "gradient norm"), ("train/loss", "nats per token"))
     for row, run in rows:
         at = row["diverged_at_tokens"]
         shown = [(metric, title) for metric, title in panels if curve_of(run, metric) is not None]
@@ -269,7 +278,7 @@ def event(rows: list[Any]) -> Any:
             )
         )  # fmt: skip
         where = [0.0, 1.0] if len(shown) == 1 else [0.0, 0.45] if i == 1 else [0.55, 1.0]
-        positive = metric == "stability/grad_norm" and bool((curve.value[keep] > 0).all()) and bool(keep.any())
+        positive = bool((curve.value[keep] > 0).all()) and bool(keep.any())
         axes: dict[str, dict[str, Any]] = {
             f"xaxis{suffix}": {"domain": where, "range": [left, right], "tickformat": "~s", "title": "tokens"},
             f"yaxis{suffix}": {"anchor": "x" + suffix, "type": "log" if positive else "linear", "title": title},
@@ -311,7 +320,8 @@ def strip(report: dict[str, Any]) -> Any:
         figure.add_trace(
             go.Scatter(
                 x=[row["val_bpb"] for row in rows], y=heights, mode="markers+text" if few else "markers",
-                text=[seed_name(row) for row in rows] if few else None, textposition="top center",
+                text=[seed_name(row) for row in rows] if few else None,
+                textposition=[("bottom center", "top center")[j % 3 == 1] for j in range(len(rows))],
                 marker={"size": 14, "color": colour, "line": {"width": 2, "color": edge}},
                 hovertemplate="<b>%{customdata}</b> %{x:.4f}<extra></extra>", customdata=[seed_name(r) for r in rows],
             )
