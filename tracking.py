@@ -151,10 +151,12 @@ def start(
     WANDB_MODE is respected. With no mode and no key the run is offline, said once; a server that does not answer makes
     it offline too. Never a prompt. `run_id` continues a run of that id (a resumed pull).
     """
+    # Without this, wandb 0.31 sends its own error telemetry, and looks its server up in DNS, in offline mode too.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
     from wandb.sdk.lib.wbauth import wbnetrc
 
-    os.environ.setdefault("WANDB_SILENT", "true")
     known = wandb.setup().settings
     chosen = os.environ.get("WANDB_MODE") or (known.mode if known.mode != "online" else None)
     has_key = any(os.environ.get(key) for key in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
