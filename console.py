@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
+import difflib
 import errno
 import io
 import json
 import os
 import re
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -41,7 +41,8 @@ def parse(config_class: type[T], argv: Sequence[str], prog: str) -> T:
     except SystemExit as stop:
         if not stop.code:
             raise
-    raise UserError(unbox(boxed.getvalue()) + f" (see {prog} --help)")
+    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    raise UserError(f"{unbox(boxed.getvalue(), names)} (see {prog} --help)")
 
 
 def spell_booleans(config_class: type, argv: Sequence[str]) -> list[str]:
@@ -59,14 +60,15 @@ def spell_booleans(config_class: type, argv: Sequence[str]) -> list[str]:
     return spelled
 
 
-def unbox(text: str) -> str:
-    """tyro's drawn error box as one line: the message, then the flags it thinks were meant."""
+def unbox(text: str, names: Sequence[str]) -> str:
+    """tyro's drawn error box as one line: the message, and of `names` those that an unknown flag may have meant."""
     rows = [row.strip("│╭╰╮╯ \n") for row in text.splitlines()]
-    rows = [row for row in rows if row and "For full helptext" not in row]
+    rows = [row for row in rows if row]
     rules = [i for i, row in enumerate(rows) if set(row) <= {"─"}]
     message = " ".join(rows[1 : rules[0]] if rules else rows[1:])
-    meant = re.findall(r"--[\w.-]+", " ".join(rows[rules[0] :])) if rules and "Perhaps" in text else []
-    return message + (f"; did you mean {' or '.join(dict.fromkeys(meant))}?" if meant else "")
+    unknown = re.search(r"Unrecognized options: --([\w-]+)", message)
+    meant = difflib.get_close_matches(unknown.group(1).replace("-", "_"), names, n=2) if unknown else []
+    return message + (f"; did you mean {' or '.join(f'--{name}' for name in meant)}?" if meant else "")
 
 
 def door(main: Callable[[], int | None]) -> NoReturn:
@@ -113,8 +115,3 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-
-
-def cells(text: str) -> int:
-    """Width of `text` in terminal cells: a Japanese character takes two."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

@@ -273,7 +273,8 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
 
     previous_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    step, verdict, val, saved_step = start_step, None, None, start_step if saved else -1
+    step, verdict, val, diverged_at = start_step, None, None, -1
+    saved_step = start_step if saved else -1
     started = time.perf_counter()
 
     def seconds() -> float:
@@ -328,7 +329,12 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
             objective.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
             loss = nll.item()
-            verdict = guard.observe(step, loss, grad_norm.item())
+            verdict = verdict or guard.observe(step, loss, grad_norm.item())
+            if verdict and diverged_at < 0:
+                diverged_at = step * c.batch_tokens
+                progress.say(str(verdict))
+                tracker.alert("diverged", f"{name}: {verdict}")
+                tracker.summary({"diverged_at_tokens": diverged_at, "verdict": str(verdict)})
             if verdict and c.on_divergence == "stop":
                 row = {"tokens": step * c.batch_tokens, "step": step + 1, "train/loss": loss, "train/lr": lr}
                 row |= {"stability/grad_norm": grad_norm.item(), "stability/loss_z": guard.loss_z}
@@ -361,12 +367,10 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
             progress.update(step, loss, val["val/bpb"] if val else None, rate, guard.status)
             if step % c.checkpoint_every == 0 or last:
                 save()
-        if verdict and c.on_divergence == "stop":
+        if verdict and (c.on_divergence == "stop" or step == steps):
             status = "diverged"
-            checkpoint.drop_since(pull, verdict.onset_step)
-            progress.say(str(verdict))
-            tracker.alert("diverged", f"{name}: {verdict}")
-            tracker.summary({"diverged_at_tokens": step * c.batch_tokens, "verdict": str(verdict)})
+            if c.on_divergence == "stop":
+                checkpoint.drop_since(pull, verdict.onset_step)
         elif step < steps:
             status = "stopped"
             exit_code = 128 + stop_signal
@@ -378,6 +382,9 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
             )
         else:
             status = "spiked" if guard.spikes else "ok"
+            if val is None:  # killed between its last checkpoint and its end
+                val = validation.evaluate(model)
+                tracker.log({"tokens": step * c.batch_tokens, "step": step, **val}, step=step)
             texts = sample_texts(model, validation, folder / "tokenizer", eos_id, config["sample_seed"])
             rows = [[step, step * c.batch_tokens, prompt, text] for prompt, text in texts]
             tracker.table("samples", ["step", "tokens", "prompt", "text"], rows, step=step)
@@ -399,7 +406,7 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
     result = {
         "name": name,
         "status": status,
-        "val/bpb": val["val/bpb"] if val else None,
+        "val/bpb": val["val/bpb"] if val and math.isfinite(val["val/bpb"]) else None,
         **({"baseline/kn5_bpb": baseline["val_bpb"]} if baseline else {}),
         "tokens": step * c.batch_tokens,
         "device_seconds": round(seconds(), 1),

@@ -47,6 +47,10 @@ def find_checkpoint(path: Path) -> Path:
 
 def main(argv: list[str]) -> int:
     config = console.parse(SampleConfig, argv, "train.py sample")
+    if config.temperature < 0 or not 0 < config.top_p <= 1:
+        raise console.UserError("--temperature must be 0 or more, --top_p above 0 and at most 1")
+    if config.n_samples < 1 or config.max_new_tokens < 1:
+        raise console.UserError("--n_samples and --max_new_tokens must be at least 1")
     folder = find_checkpoint(Path(config.checkpoint))
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch

@@ -1,11 +1,17 @@
 """What all tests share: one torch thread, W&B switched off unless a test asks for it, one small corpus."""
 
+import contextlib
+import io
+import json
 import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+REPOSITORY = Path(__file__).parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"  # small tensors: a second thread costs more than it brings
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -49,3 +55,90 @@ def tiny_flags(shards_folder: Path) -> dict[str, Any]:
         "log_every": 1,
         "checkpoint_every": 10,
     }
+
+
+class Pull(NamedTuple):
+    """What one call of the pretraining door left behind; `flags` are what it was called with, without --out."""
+
+    code: int
+    result: dict[str, Any]
+    folder: Path
+    flags: dict[str, Any]
+
+    @property
+    def checkpoint(self) -> Path:
+        return sorted((self.folder / "checkpoints").glob("step-*"))[-1]
+
+
+@pytest.fixture(scope="session")
+def as_argv() -> Callable[..., list[str]]:
+    """Flags as a command line: as_argv(flags, out=...)."""
+    return lambda flags, **more: [f"--{name}={value}" for name, value in {**flags, **more}.items()]
+
+
+@pytest.fixture(scope="session")
+def pull(tiny_flags: dict[str, Any], as_argv: Callable[..., list[str]]) -> Callable[..., Pull]:
+    """A pull in this process: pull(out, offline=False, **flags). Offline W&B files go to `out` too."""
+
+    def make(out: Path, offline: bool = False, **more: Any) -> Pull:
+        import torch
+        import wandb
+
+        from pretrain import pretrain
+
+        torch.set_num_threads(1)
+        out.mkdir(parents=True, exist_ok=True)
+        flags, printed = {**tiny_flags, **more, "json": True}, io.StringIO()
+        with pytest.MonkeyPatch.context() as environment, contextlib.redirect_stdout(printed):
+            environment.setenv("WANDB_MODE", "offline" if offline else "disabled")
+            environment.setenv("WANDB_DIR", str(out))
+            if offline:
+                wandb.teardown()  # it reads the environment once
+            try:
+                code = pretrain.main(as_argv(flags, out=out))
+            finally:
+                if offline:
+                    wandb.teardown()
+        result = json.loads(printed.getvalue().splitlines()[-1])
+        return Pull(code, result, out / result["name"], flags)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(pull: Callable[..., Pull], tmp_path_factory: pytest.TempPathFactory) -> Pull:
+    """A finished pull of a Llama with tied embeddings and grouped queries, recorded by W&B; do not change it."""
+    return pull(tmp_path_factory.mktemp("llama"), offline=True, seed=5, price_per_hour=3600)
+
+
+@pytest.fixture(scope="session")
+def untied(pull: Callable[..., Pull], tmp_path_factory: pytest.TempPathFactory) -> Pull:
+    """A finished pull of a Llama with its own output head, by AdamW, of about a second; do not change it."""
+    more = {"tie_embeddings": False, "optimizer": "adamw", "schedule": "cosine"}
+    return pull(tmp_path_factory.mktemp("untied"), tokens=512 * 120, checkpoint_every=60, **more)
+
+
+@pytest.fixture(scope="session")
+def qwen(pull: Callable[..., Pull], tmp_path_factory: pytest.TempPathFactory) -> Pull:
+    """A finished pull of a Qwen3, by Muon, of about a second; do not change it."""
+    more = {"qk_norm": True, "optimizer": "muon", "z_loss": 1e-4, "n_heads": 4, "n_kv_heads": 2}
+    return pull(tmp_path_factory.mktemp("qwen"), tokens=512 * 120, checkpoint_every=30, **more)
+
+
+@pytest.fixture(scope="session")
+def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a command from the checkout: spawn(argv, **environment); killed at the end if it still runs."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(argv: list[str], **environment: str) -> subprocess.Popen[str]:
+        # Not this process's wandb-core, and a stdout that is buffered as in a user's shell.
+        mine = {key: value for key, value in os.environ.items() if key not in ("WANDB_SERVICE", "PYTHONUNBUFFERED")}
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, cwd=REPOSITORY, env={**mine, **environment})
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        child.kill()
+        child.communicate()
