@@ -100,13 +100,14 @@ class Tracker:
     def alert(self, title: str, text: str) -> None:
         self._do(lambda: self.run.alert(title=title, text=text))
 
-    def artifact(self, name: str, kind: str, folder: Path, metadata: dict[str, Any]) -> None:
-        """`folder` as a W&B artifact by reference: its files stay where they are, nothing is copied or uploaded."""
+    def artifact(self, name: str, kind: str, paths: list[Path], metadata: dict[str, Any]) -> None:
+        """Files and folders as a W&B artifact by reference: they stay where they are, nothing is copied or uploaded."""
         import wandb
 
         def job() -> None:
             artifact = wandb.Artifact(name, type=kind, metadata=metadata)
-            artifact.add_reference(folder.resolve().as_uri(), checksum=False)
+            for path in paths:
+                artifact.add_reference(path.resolve().as_uri(), name=path.name, checksum=False)
             self.run.log_artifact(artifact)
 
         self._do(job)

@@ -174,8 +174,13 @@ def track(config: BuildConfig, manifest: dict[str, Any], result: dict[str, Any])
         lineage={"source": config.source, "inputs": len(manifest["inputs"])},
     )
     tracker.summary({"status": "ok", **result})
-    for kind, folder in (("corpus", config.out), ("tokenizer", config.out / "tokenizer"), ("shards", config.out)):
-        tracker.artifact(f"{kind}-{fingerprint}", kind, folder, result)
+    made = {
+        "corpus": sorted(config.out.glob("documents-*.parquet")),
+        "tokenizer": [config.out / "tokenizer"],
+        "shards": [config.out / "manifest.json", *sorted(config.out.glob("*.npy"))],
+    }
+    for kind, paths in made.items():
+        tracker.artifact(f"{kind}-{fingerprint}", kind, paths, result)
     tracker.finish(0)
 
 

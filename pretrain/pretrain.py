@@ -388,7 +388,7 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
             texts = sample_texts(model, validation, folder / "tokenizer", eos_id, config["sample_seed"])
             rows = [[step, step * c.batch_tokens, prompt, text] for prompt, text in texts]
             tracker.table("samples", ["step", "tokens", "prompt", "text"], rows, step=step)
-            tracker.artifact(f"model-{name}", "model", checkpoint.folders(pull)[-1], {"step": step, **(val or {})})
+            tracker.artifact(f"model-{name}", "model", [checkpoint.folders(pull)[-1]], {"step": step, **val})
         exit_code = EXIT_CODE.get(status, exit_code)
     except OSError as refusal:
         if refusal.errno in console.MACHINE_SAYS_NO:
