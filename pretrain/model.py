@@ -170,7 +170,11 @@ class Transformer(nn.Module):
         Targets of -1 are not scored. The objective adds z_loss * log(Z)^2 (PaLM, eq. 5.1); the second value never does.
         """
         hidden = self.model(ids, probe).flatten(0, 1)
-        objective, nll = HeadLoss.apply(hidden, self.lm_head.weight, targets.flatten(), z_loss)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):  # HeadLoss chooses each of its dtypes itself
+            objective, nll = HeadLoss.apply(hidden, self.lm_head.weight, targets.flatten(), z_loss)
         return objective, nll
 
     @torch.no_grad()
