@@ -17,7 +17,10 @@ import tyro
 
 EXIT_USER, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 3, 130, 143
 # What the machine refuses through no fault of the code: said in one line, like any other mistake to mend.
-MACHINE_SAYS_NO = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EMFILE}
+MACHINE_SAYS_NO = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.EMFILE}
+
+# Set where an exit hook of a library is known to hang or to complain about what was already said: `door` skips them.
+skip_exit_hooks = False
 
 T = TypeVar("T")
 
@@ -75,20 +78,31 @@ def door(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and leave with the house's exit codes: a user's mistake is one line, never a traceback."""
     try:
         code = main()
+        sys.stdout.flush()
     except UserError as mistake:
         code = say_error(str(mistake))
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        # `... | head` closed our stdout: nothing is wrong, and flushing it again at exit would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # `... | head` closed our stdout: nothing is wrong.
+        discard_stdout()
         code = 0
     except OSError as refusal:
         if refusal.errno not in MACHINE_SAYS_NO:
             raise
-        code = say_error(f"{refusal.strerror}: {refusal.filename or 'the output folder'}")
-    sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            discard_stdout()
+        code = say_error(f"{refusal.strerror}: {refusal.filename2 or refusal.filename or 'the output folder'}")
+    if skip_exit_hooks:
+        os._exit(code or 0)
     sys.exit(code or 0)
+
+
+def discard_stdout() -> None:
+    """Send what stdout still holds to nowhere: it has failed once, and flushing it again at exit would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say_error(line: str) -> int:

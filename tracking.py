@@ -5,7 +5,6 @@ Tracking may never kill or stall a run that somebody pays for. wandb's core is a
 call is made by one background thread from a bounded queue, and what W&B cannot take is counted and said, not awaited.
 """
 
-import atexit
 import contextlib
 import hashlib
 import importlib.metadata
@@ -20,10 +19,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import console
+
 ROWS_WAITING = 20_000  # rows held for a core that does not answer; then the newest are dropped and counted
 FINISH_SECONDS = {"offline": 60.0, "online": 600.0}  # an upload may take minutes; writing a file may not
 INIT_SECONDS = 60.0  # for a server that does not answer, before the run goes on offline
 PROJECT = "llm-gacha"
+MODES = ("online", "offline", "shared", "disabled")
 LIBRARIES = ("torch", "numpy", "transformers", "wandb", "sentencepiece", "tokenizers", "safetensors")
 
 
@@ -127,10 +129,9 @@ class Tracker:
             self.jobs.put(None, timeout=1.0)
         self.thread.join(FINISH_SECONDS[self.mode])
         self.stuck = self.thread.is_alive()
-        if self.stuck:
-            # wandb's own exit hook would wait for the hung core without end; hooks run last-registered first.
-            atexit.register(os._exit, exit_code)
         if self.stuck or self.dropped:
+            # wandb's exit hook would wait for a hung core without end, and print a traceback over a dead one.
+            console.skip_exit_hooks = True
             lost = f"{self.dropped} records were lost" if self.dropped else "it did not answer at the end"
             print(f"W&B: {lost}; the run itself is complete on disk", file=sys.stderr, flush=True)
 
@@ -155,11 +156,14 @@ def start(
     # Without this, wandb 0.31 sends its own error telemetry, and looks its server up in DNS, in offline mode too.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
+    wanted = os.environ.get("WANDB_MODE")
+    if wanted and wanted not in MODES:
+        raise console.UserError(f"WANDB_MODE={wanted}: choose {', '.join(MODES)}")
     import wandb
     from wandb.sdk.lib.wbauth import wbnetrc
 
     known = wandb.setup().settings
-    chosen = os.environ.get("WANDB_MODE") or (known.mode if known.mode != "online" else None)
+    chosen = wanted or (known.mode if known.mode != "online" else None)
     has_key = any(os.environ.get(key) for key in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
     has_key = has_key or wbnetrc.read_netrc_auth(host=known.base_url) is not None
     mode: Any = chosen or ("online" if has_key else "offline")

@@ -71,15 +71,18 @@ def save(
     tokenizer: Path,
     keep_step: int = -1,
 ) -> Path:
-    """Write the checkpoint of `state["step"]` updates, then drop all but the last KEPT and the newest <= `keep_step`.
+    """Write the checkpoint of `state["step"]` updates, then drop all but the last KEPT and the newest < `keep_step`.
 
     Raises OSError when the disk is full or may not be written; earlier checkpoints are untouched then.
     """
     final = pull / "checkpoints" / f"step-{state['step']:08d}"
     part = final.with_name(f".{final.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    for left in (pull / "checkpoints").glob(".step-*.part"):
+        shutil.rmtree(left, ignore_errors=True)  # of a save that was killed
     try:
-        shutil.copytree(tokenizer, part)
+        part.mkdir(parents=True)
+        for path in tokenizer.iterdir():
+            shutil.copyfile(path, part / path.name)  # not copytree, whose error hides the errno of a full disk
         weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
         _save_tensors(weights, part / WEIGHTS)
         _save_tensors(_optimizer_tensors(model, optimizers) | _rng_tensors(), part / STATE_TENSORS)
@@ -100,7 +103,7 @@ def save(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    older = [folder for folder in folders(pull) if step_of(folder) <= keep_step]
+    older = [folder for folder in folders(pull) if keep_step >= 0 and step_of(folder) < max(1, keep_step)]
     keep = {*folders(pull)[-KEPT:], *older[-1:]}
     for folder in folders(pull):
         if folder not in keep:
@@ -109,9 +112,12 @@ def save(
 
 
 def drop_since(pull: Path, onset_step: int) -> None:
-    """Remove the checkpoints that a divergence reaches into: those with updates from `onset_step` on."""
+    """Remove the checkpoints that a divergence reaches into. Step N's loss is that of checkpoint N: N is lost too.
+
+    The initial weights stay in any case.
+    """
     for folder in folders(pull):
-        if step_of(folder) > onset_step:
+        if step_of(folder) >= max(1, onset_step):
             shutil.rmtree(folder)
 
 
@@ -125,6 +131,8 @@ def verify(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE_JSON).read_bytes())
     except ValueError:
         raise UserError(f"checkpoint {folder}: {STATE_JSON} is not JSON: restore the file, or {advice}") from None
+    if not isinstance(state, dict) or not {"step", "files"} <= state.keys():
+        raise UserError(f"checkpoint {folder}: {STATE_JSON} lacks entries: restore the file, or {advice}")
     for name, size in state["files"].items():
         path = folder / name
         if not path.is_file():

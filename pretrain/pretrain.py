@@ -28,7 +28,7 @@ from pretrain import checkpoint, optim
 from pretrain.device import make_deterministic, measured_matmul_rate, size_name
 from pretrain.model import ModelConfig, Transformer
 from pretrain.progress import Progress
-from pretrain.stability import Guard
+from pretrain.stability import Guard, Verdict
 from pretrain.validate import Validation, sample_texts
 
 
@@ -159,8 +159,11 @@ def resolved(c: PretrainConfig) -> dict[str, Any]:
 
 def check(c: PretrainConfig) -> dict[str, Any]:
     """The data manifest, once flags and inputs are known to fit together. Raises UserError naming what does not."""
-    for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "seq_len", "tokens", "batch_tokens", "lr"):
-        if not (getattr(c, name) > 0 and math.isfinite(getattr(c, name))):
+    for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "seq_len", "tokens", "batch_tokens"):
+        if getattr(c, name) < 1:
+            raise console.UserError(f"--{name} {getattr(c, name)}: must be at least 1")
+    for name in ("lr", "eps", "norm_eps", "rope_theta"):
+        if not 0 < getattr(c, name) < math.inf:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be positive")
     for name in ("val_tokens", "val_every", "log_every", "checkpoint_every"):
         if getattr(c, name) < 1:
@@ -168,6 +171,15 @@ def check(c: PretrainConfig) -> dict[str, Any]:
     for name in ("warmup", "decay", "final_lr"):
         if not 0 <= getattr(c, name) <= 1:
             raise console.UserError(f"--{name} {getattr(c, name)}: is a share, from 0 to 1")
+    for name in ("beta1", "beta2", "momentum"):
+        if not 0 <= getattr(c, name) < 1:
+            raise console.UserError(f"--{name} {getattr(c, name)}: must be at least 0 and below 1")
+    for name in ("z_loss", "weight_decay", "grad_clip", "price_per_hour"):
+        if not 0 <= getattr(c, name) < math.inf:
+            raise console.UserError(f"--{name} {getattr(c, name)}: must be 0 or more")
+    for name in ("seed", *sorted(SEEDS)):
+        if not 0 <= resolved(c)[name] < 2**63:
+            raise console.UserError(f"--{name} {resolved(c)[name]}: must be from 0 to 2^63 - 1")
     if c.d_model % c.n_heads or c.d_model // c.n_heads % 2:
         raise console.UserError(f"--d_model {c.d_model} must be an even multiple of --n_heads {c.n_heads}")
     if c.n_heads % c.n_kv_heads:
@@ -193,7 +205,10 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
     others = {name[0]: config[name] for name in sorted(SEEDS) if config[name] != c.seed}
     name = f"{recipe}-s{c.seed}" + "".join(f"-{letter}{seed}" for letter, seed in others.items())
     pull = Path(c.out) / os.environ.get("WANDB_SWEEP_ID", "") / name
-    pull.mkdir(parents=True, exist_ok=True)
+    try:
+        pull.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        raise console.UserError(f"--out {c.out}: no folder can be made there ({error.strerror})") from None
     lock = (pull / ".lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -273,7 +288,8 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
 
     previous_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    step, verdict, val, diverged_at = start_step, None, None, -1
+    step, val, diverged_at = start_step, None, -1
+    verdict: Verdict | None = None
     saved_step = start_step if saved else -1
     started = time.perf_counter()
 
@@ -301,8 +317,13 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
             "bos_id": bos_id,
             "eos_id": eos_id,
         }
-        checkpoint.save(pull, model, optimizers, state, folder / "tokenizer", keep_step=guard.suspect_since)
+        checkpoint.save(pull, model, optimizers, state, folder / "tokenizer", keep_step=guard.keep_before)
         saved_step = step
+
+    def tell(verdict: Verdict, tokens: int) -> None:
+        progress.say(str(verdict))
+        tracker.alert("diverged", f"{name}: {verdict}")
+        tracker.summary({"diverged_at_tokens": tokens, "verdict": str(verdict)})
 
     status, exit_code = "crashed", 1
     try:
@@ -329,12 +350,10 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
             objective.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
             loss = nll.item()
-            verdict = verdict or guard.observe(step, loss, grad_norm.item())
+            verdict = guard.observe(step, loss, grad_norm.item()) or verdict
             if verdict and diverged_at < 0:
                 diverged_at = step * c.batch_tokens
-                progress.say(str(verdict))
-                tracker.alert("diverged", f"{name}: {verdict}")
-                tracker.summary({"diverged_at_tokens": diverged_at, "verdict": str(verdict)})
+                tell(verdict, diverged_at)
             if verdict and c.on_divergence == "stop":
                 row = {"tokens": step * c.batch_tokens, "step": step + 1, "train/loss": loss, "train/lr": lr}
                 row |= {"stability/grad_norm": grad_norm.item(), "stability/loss_z": guard.loss_z}
@@ -367,6 +386,9 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
             progress.update(step, loss, val["val/bpb"] if val else None, rate, guard.status)
             if step % c.checkpoint_every == 0 or last:
                 save()
+        if step == steps and diverged_at < 0 and (verdict := guard.at_the_end(step)):
+            diverged_at = step * c.batch_tokens
+            tell(verdict, diverged_at)
         if verdict and (c.on_divergence == "stop" or step == steps):
             status = "diverged"
             if c.on_divergence == "stop":
@@ -384,7 +406,7 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
             status = "spiked" if guard.spikes else "ok"
             if val is None:  # killed between its last checkpoint and its end
                 val = validation.evaluate(model)
-                tracker.log({"tokens": step * c.batch_tokens, "step": step, **val}, step=step)
+                tracker.log({"tokens": step * c.batch_tokens, "step": step, **val}, step=step + 1)
             texts = sample_texts(model, validation, folder / "tokenizer", eos_id, config["sample_seed"])
             rows = [[step, step * c.batch_tokens, prompt, text] for prompt, text in texts]
             tracker.table("samples", ["step", "tokens", "prompt", "text"], rows, step=step)
@@ -393,11 +415,15 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
     except OSError as refusal:
         if refusal.errno in console.MACHINE_SAYS_NO:
             status, exit_code = "stopped", console.EXIT_USER
-            progress.say(f"stopped at step {step} ({refusal.strerror}); the last checkpoint is step {saved_step}")
+            kept_step = f"the last checkpoint is step {saved_step}" if saved_step >= 0 else "nothing was saved yet"
+            progress.say(f"stopped at step {step} ({refusal.strerror}); {kept_step}")
         raise
     finally:
         progress.close()
-        tracker.summary({"status": status, "tokens": step * c.batch_tokens, **(val or {}), **costs()})
+        # val/loss is left alone: W&B keeps its minimum there.
+        final = {"val/bpb": val["val/bpb"]} if val else {}
+        spent = costs()
+        tracker.summary({"status": status, "tokens": step * c.batch_tokens, **final, **spent})
         tracker.finish(exit_code)
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
@@ -409,8 +435,10 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
         "val/bpb": val["val/bpb"] if val and math.isfinite(val["val/bpb"]) else None,
         **({"baseline/kn5_bpb": baseline["val_bpb"]} if baseline else {}),
         "tokens": step * c.batch_tokens,
-        "device_seconds": round(seconds(), 1),
-        "tokens_per_second": round((step - start_step) * c.batch_tokens / max(1e-9, seconds() - seconds_before)),
+        "device_seconds": round(spent["cost/device_seconds"], 1),
+        "tokens_per_second": round(
+            (step - start_step) * c.batch_tokens / max(1e-9, spent["cost/device_seconds"] - seconds_before)
+        ),
         "checkpoint": str(kept[-1]) if kept else None,
         "run_id": tracker.id,
     }

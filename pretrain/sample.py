@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
     folder = find_checkpoint(Path(config.checkpoint))
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise console.UserError(f"checkpoint {folder} cannot be loaded: {error}") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ SCALE_FLOOR = 0.005  # of the trend: a memorised stretch must not make every ste
 SPIKE_STEPS = 3  # fewer high steps in a row are a bad batch, not a spike; as many normal ones end it
 GIVEN_BACK = 0.2  # share of the progress made since the start that a diverged loss has lost again
 RISE_FLOOR = 0.3  # nats/token: in the first steps there is little progress to give back
+FALLING_BACK = 0.75  # of its peak: an excess that fell below this within one patience is given another
 MAX_WAITS = 3  # patience is extended while the loss is falling back, at most to this multiple
 
 
@@ -49,8 +50,8 @@ class Guard:
     start: float = math.nan  # loss of the first batch, before any update
     best: float = math.inf  # lowest level reached
     best_step: int = 0
-    lost_since: int = -1  # step since which the level is above `best` by more than is forgiven; -1: it is not
-    lost_excess: float = 0.0  # excess over `best` when the present patience began
+    lost_since: int = -1  # first step whose loss was above `best` by more than is forgiven; -1: the level is not
+    lost_peak: float = 0.0  # largest excess over `best` in the present patience
     waits: int = 0
     high_run: int = 0  # high losses in a row
     normal_run: int = 0
@@ -69,6 +70,14 @@ class Guard:
         """First step of the present excursion, -1 if the loss is on its trend: checkpoints before it are good."""
         open_since = [s for s in (self.high_since, self.lost_since) if s >= 0]
         return min(open_since, default=-1)
+
+    @property
+    def keep_before(self) -> int:
+        """Step that a good checkpoint may be needed from before; -1: any will do.
+
+        Until there are losses enough to judge by, only the initial weights are known to be good.
+        """
+        return self.suspect_since if len(self.recent) >= self.patience // 2 else 0
 
     @property
     def status(self) -> Literal["healthy", "spiking", "suspect"]:
@@ -123,14 +132,25 @@ class Guard:
             if self.high_since >= 0 and step - self.high_since >= MAX_WAITS * self.patience:
                 # A lasting rise too small to be a divergence (another mixture of data, say) becomes the new trend.
                 self.trend, self.high_since, self.in_spike = self.recent[-TREND_MIN:], -1, False
-            self.lost_since, self.waits = -1, 0
+            self.lost_since, self.waits, self.lost_peak = -1, 0, 0.0
             return None
         if self.lost_since < 0:
-            self.lost_since, self.lost_excess, self.waits = step, excess, 0
+            # The median lags: the rise began after the lowest loss in its window.
+            above = np.subtract(self.recent, self.best) > forgiven
+            above[: 0 if above.all() else int(np.argmin(self.recent))] = False
+            self.lost_since = step - len(above) + 1 + int(np.argmax(above))
+        self.lost_peak = max(self.lost_peak, excess)
         if step - self.lost_since < self.patience * (self.waits + 1):
             return None
-        if excess < 0.9 * self.lost_excess and self.waits + 1 < MAX_WAITS:
-            self.waits, self.lost_excess = self.waits + 1, excess
+        if excess < FALLING_BACK * self.lost_peak and self.waits + 1 < MAX_WAITS:
+            self.waits, self.lost_peak = self.waits + 1, excess
             return None
+        return self._lost(step, level)
+
+    def at_the_end(self, step: int) -> Verdict | None:
+        """The verdict on a pull whose budget ends while its loss is away: it has not returned."""
+        return self._lost(step, float(np.median(self.recent))) if self.lost_since >= 0 else None
+
+    def _lost(self, step: int, level: float) -> Verdict:
         evidence: dict[str, float | str] = {"level": level, "best": self.best, "best_step": float(self.best_step)}
         return Verdict("left_trend", step, self.suspect_since, evidence)

@@ -91,7 +91,8 @@ def pull(tiny_flags: dict[str, Any], as_argv: Callable[..., list[str]]) -> Calla
         flags, printed = {**tiny_flags, **more, "json": True}, io.StringIO()
         with pytest.MonkeyPatch.context() as environment, contextlib.redirect_stdout(printed):
             environment.setenv("WANDB_MODE", "offline" if offline else "disabled")
-            environment.setenv("WANDB_DIR", str(out))
+            for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+                environment.setenv(name, str(out))
             if offline:
                 wandb.teardown()  # it reads the environment once
             try:
@@ -113,16 +114,16 @@ def llama(pull: Callable[..., Pull], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def untied(pull: Callable[..., Pull], tmp_path_factory: pytest.TempPathFactory) -> Pull:
-    """A finished pull of a Llama with its own output head, by AdamW, of about a second; do not change it."""
+    """A finished pull of a Llama with its own output head, by AdamW, of some 90 steps; do not change it."""
     more = {"tie_embeddings": False, "optimizer": "adamw", "schedule": "cosine"}
-    return pull(tmp_path_factory.mktemp("untied"), tokens=512 * 120, checkpoint_every=60, **more)
+    return pull(tmp_path_factory.mktemp("untied"), tokens=512 * 90, checkpoint_every=50, **more)
 
 
 @pytest.fixture(scope="session")
 def qwen(pull: Callable[..., Pull], tmp_path_factory: pytest.TempPathFactory) -> Pull:
-    """A finished pull of a Qwen3, by Muon, of about a second; do not change it."""
+    """A finished pull of a Qwen3, by Muon, of some 90 steps; do not change it."""
     more = {"qk_norm": True, "optimizer": "muon", "z_loss": 1e-4, "n_heads": 4, "n_kv_heads": 2}
-    return pull(tmp_path_factory.mktemp("qwen"), tokens=512 * 120, checkpoint_every=30, **more)
+    return pull(tmp_path_factory.mktemp("qwen"), tokens=512 * 90, checkpoint_every=20, **more)
 
 
 @pytest.fixture(scope="session")
@@ -134,11 +135,34 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         # Not this process's wandb-core, and a stdout that is buffered as in a user's shell.
         mine = {key: value for key, value in os.environ.items() if key not in ("WANDB_SERVICE", "PYTHONUNBUFFERED")}
         pipe = subprocess.PIPE
-        child = subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, cwd=REPOSITORY, env={**mine, **environment})
+        told: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "text": True, "cwd": REPOSITORY}
+        child = subprocess.Popen(argv, **told, env={**mine, **environment})
         started.append(child)
         return child
 
     yield start
     for child in started:
-        child.kill()
-        child.communicate()
+        if child.poll() is None:
+            child.kill()
+            child.communicate()
+
+
+@pytest.fixture(scope="session")
+def descendants() -> Callable[[int], dict[int, str]]:
+    """Ids and names of a process and of everything that it started; skips where there is no /proc."""
+
+    def find(pid: int) -> dict[int, str]:
+        if not Path("/proc/self/stat").exists():
+            pytest.skip("needs /proc")
+        parents, names = {}, {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                number, text = int(stat.parent.name), stat.read_text()
+                names[number] = text[text.index("(") + 1 : text.rindex(")")]
+                parents[number] = int(text[text.rindex(")") + 2 :].split()[1])
+        found = {pid}
+        while new := {child for child, parent in parents.items() if parent in found} - found:
+            found |= new
+        return {number: names.get(number, "") for number in found}
+
+    return find
