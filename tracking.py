@@ -213,6 +213,43 @@ def start(
     return Tracker(run, "online" if mode in ("online", "shared") else "offline")
 
 
+# ---- sweeps: wandb's own expansion of a command and its own parameter file, for gacha/agent.py; a copy would drift
+
+
+def sweep_argv(command: list[Any] | None, program: str, params: dict[str, Any], json_path: Path) -> list[str]:
+    """The argv of one run, as wandb_agent.Agent._command_run builds it; `command` None is W&B's default.
+
+    Writes `json_path` if the command asks for ${args_json_file}. An unknown macro is dropped, as the real agent does.
+    """
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    # A copy: create_sweep_command fills ${envvar:...} in place.
+    template = create_sweep_command(list(command) if command else None)
+    macros = create_sweep_command_args({"args": wrapped(params)})
+    macros |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [program]}
+    macros |= {"args_json_file": [str(json_path)]}
+    if "${args_json_file}" in template:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(macros["args_json"][0], encoding="utf-8")
+    argv: list[str] = []
+    for chunk in map(str, template):
+        is_macro = chunk.startswith("${") and chunk.endswith("}")
+        argv += macros.get(chunk[2:-1], []) if is_macro else [chunk]
+    return argv
+
+
+def save_sweep_params(path: Path, params: dict[str, Any]) -> None:
+    """Write the file that WANDB_SWEEP_PARAM_PATH names, from which `wandb.init` fills and locks run.config."""
+    from wandb.sdk.lib.config_util import save_config_file_from_dict
+
+    save_config_file_from_dict(os.fspath(path), wrapped(params))
+
+
+def wrapped(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`params` as W&B sends them to agents: every top-level value under the key `value`."""
+    return {name: {"value": value} for name, value in params.items()}
+
+
 def _version(library: str) -> str:
     try:
         return importlib.metadata.version(library)

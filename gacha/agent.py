@@ -26,8 +26,9 @@ from typing import Any
 import tyro
 
 import console
+import tracking
 from console import UserError
-from gacha import board, definition, wandb_private
+from gacha import board, definition
 from gacha.definition import Sweep
 from gacha.ledger import Pull, hold, only_agent, remember, replay, send, settle
 
@@ -147,12 +148,12 @@ def cuda_devices() -> list[str]:
 def command(sweep: Sweep, params: dict[str, Any], json_path: Path) -> list[str]:
     """The argv of a run."""
     given = sweep.definition
-    return wandb_private.sweep_argv(given.get("command"), given.get("program", ""), params, json_path)
+    return tracking.sweep_argv(given.get("command"), given.get("program", ""), params, json_path)
 
 
 def start(sweep: Sweep, pull: Pull, jobs: int, delay: int) -> None:
     """Start the next attempt of `pull`, as the real agent does: own process group, stdin closed."""
-    wandb_private.save_sweep_params(pull.folder / f"config-{pull.run_id}.yaml", pull.params)
+    tracking.save_sweep_params(pull.folder / f"config-{pull.run_id}.yaml", pull.params)
     argv = command(sweep, pull.params, pull.folder / f"config-{pull.run_id}.json")
     remember(pull, "assigned", params=pull.params)
     lock = hold(pull, delay)
