@@ -201,7 +201,10 @@ def start(
         run = wandb.init(mode=mode, **arguments)
     except Exception as error:
         if mode != "online":
-            raise
+            raise console.UserError(
+                f"W&B cannot record this run ({error}): set WANDB_DIR to a folder that can be written, "
+                "or WANDB_MODE=disabled to go without a record"
+            ) from None
         print(f"W&B: no answer from the server, recorded offline instead ({error})", file=sys.stderr, flush=True)
         wandb.teardown()
         mode = "offline"
