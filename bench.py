@@ -126,10 +126,10 @@ def bench_training(folder: Path) -> list[dict[str, Any]]:
     """Tokens/s of one pull against transformers' Llama, and its model FLOPs against the matmul rate; all cores."""
     entries = []
     for name, size in SIZES.items():
-        shards = folder / name
+        config = build.BuildConfig("inquiries", folder / name, documents=4000, vocab_size=size[0], baseline_tokens=0)
         with contextlib.redirect_stderr(io.StringIO()):
-            build.build(build.BuildConfig("inquiries", shards, documents=4000, vocab_size=size[0], baseline_tokens=0))
-        stream = TokenStream(sorted(shards.glob("train-*.tokens.npy")), SEQ_LEN, bos_id=1)
+            manifest = build.build(config)
+        stream = TokenStream(config.out, manifest, "train", SEQ_LEN)
         tokens = size[-1] * SEQ_LEN
         ours, peer, ratio = alternate(pull_step(stream, size), llama_step(stream, size))
         label = f"pretrain {name}, fp32, {torch.get_num_threads()} threads, against transformers' Llama"

@@ -5,10 +5,13 @@ job, asks for the same batch and gets it.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from data.shards import BOS, open_split
 
 FEISTEL_ROUNDS = 4  # enough that the order looks random to statistical tests (Luby & Rackoff 1988: 3 suffice in theory)
 
@@ -40,10 +43,10 @@ def permuted(index: np.ndarray, n: int, key: list[int]) -> np.ndarray:
 class TokenStream:
     """The token shards of one split as one memory-mapped sequence, cut into windows of `seq_len` predicted tokens."""
 
-    def __init__(self, shards: list[Path], seq_len: int, bos_id: int) -> None:
-        self.shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in shards]
+    def __init__(self, folder: Path, manifest: dict[str, Any], split: str, seq_len: int) -> None:
+        self.shards = [tokens for tokens, _ in open_split(folder, manifest, split)]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.seq_len, self.bos_id = seq_len, bos_id
+        self.seq_len = seq_len
         self.n_tokens = int(self.ends[-1])
 
     @property
@@ -65,7 +68,7 @@ class TokenStream:
         """Inputs and targets, each (len(indices), seq_len) int64; a document's opening `<s>` is never a target (-1)."""
         rows = np.stack([self.slice(i * self.seq_len, (i + 1) * self.seq_len + 1) for i in indices.tolist()])
         targets = rows[:, 1:].copy()
-        targets[targets == self.bos_id] = -1
+        targets[targets == BOS] = -1
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets)
 
     def batch_indices(self, step: int, batch_size: int, seed: int) -> np.ndarray:

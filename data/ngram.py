@@ -137,14 +137,6 @@ def probabilities(model: Model, tokens: np.ndarray, place: np.ndarray) -> np.nda
     return p
 
 
-def distribution(model: Model, context: list[int]) -> np.ndarray:
-    """(vocab,) p(every token | `context`), a context that need not begin with `<s>`."""
-    rows = np.empty((model.vocab, len(context) + 1), np.int64)
-    rows[:, :-1], rows[:, -1] = context, np.arange(model.vocab)
-    place = np.tile(np.arange(len(context) + 1), model.vocab)
-    return probabilities(model, rows.ravel(), place).reshape(rows.shape)[:, -1]
-
-
 def bits(model: Model, split: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, int]:
     """The sum of -log2 p over every token of `split` but `<s>`, and how many tokens that is."""
     total, count = 0.0, 0

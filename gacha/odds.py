@@ -83,19 +83,6 @@ def best_of(
     return Estimate(sign * value, *sorted((float(sign * lo), float(sign * hi))))
 
 
-def hits_at_least_once(hits: int, n: int, k: int, level: float = 0.95) -> Estimate:
-    """P(at least one of `k` pulls hits the target), from `hits` of `n` pulls that did.
-
-    Unbiased (the share of k-subsets of the n that hold a hit); the interval is Clopper-Pearson's for one pull, carried
-    through 1 - (1 - p)^k, which is monotone. Raises ValueError when k > n.
-    """
-    if not 1 <= k <= n:
-        raise ValueError(f"{k} pulls cannot be judged from {n}: k must lie in 1..{n}")
-    one = probability(hits, n, level)
-    value = 1 - math.comb(n - hits, k) / math.comb(n, k)
-    return Estimate(value, 1 - (1 - one.lo) ** k, 1 - (1 - one.hi) ** k)
-
-
 def probability(count: int, n: int, level: float = 0.95) -> Estimate:
     """Share `count` / `n` with its exact (Clopper-Pearson) interval; the divergence probability of a recipe."""
     test = stats.binomtest(count, n)

@@ -242,13 +242,14 @@ class HeadLoss(torch.autograd.Function):
             at_target = logits.gather(1, index) - top
             exponentials = logits.sub_(top).exp_()
             z = exponentials.sum(dim=1, keepdim=True)
-            log_z = (z.log() + top).squeeze(1)
-            nll_sum += ((z.log() - at_target).squeeze(1) * keep).sum()
+            log_sum = z.log()
+            log_z = (log_sum + top).squeeze(1)
+            nll_sum += ((log_sum - at_target).squeeze(1) * keep).sum()
             z_sum += (log_z.square() * keep).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            # The gradient of nll + z_loss log_z^2 is slope (p - onehot / steeper) in the logits. `slope` and p's 1/z
-            # scale the narrow side of each product below instead of passing over the vocabulary once more.
+            # The gradient of nll + z_loss log_z^2 in the logits is steeper (p - onehot / steeper). That factor and p's
+            # 1/z scale the narrow side of each product below instead of passing over the vocabulary once more.
             steeper = 1 + 2 * z_loss * log_z
             scale = (keep / count * steeper).unsqueeze(1) / z
             grad = exponentials.scatter_add_(1, index, -z / steeper.unsqueeze(1)).to(hidden.dtype)

@@ -177,9 +177,10 @@ def check(c: PretrainConfig) -> dict[str, Any]:
     for name in ("z_loss", "weight_decay", "grad_clip", "price_per_hour"):
         if not 0 <= getattr(c, name) < math.inf:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be 0 or more")
+    config = resolved(c)
     for name in ("seed", *sorted(SEEDS)):
-        if not 0 <= resolved(c)[name] < 2**63:
-            raise console.UserError(f"--{name} {resolved(c)[name]}: must be from 0 to 2^63 - 1")
+        if not 0 <= config[name] < 2**63:
+            raise console.UserError(f"--{name} {config[name]}: must be from 0 to 2^63 - 1")
     if c.d_model % c.n_heads or c.d_model // c.n_heads % 2:
         raise console.UserError(f"--d_model {c.d_model} must be an even multiple of --n_heads {c.n_heads}")
     if c.n_heads % c.n_kv_heads:
@@ -249,7 +250,7 @@ def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
 
     folder = Path(c.data)
     bos_id, eos_id = shards.BOS, shards.EOS
-    train_tokens = TokenStream([folder / s["file"] for s in manifest["splits"]["train"]["shards"]], c.seq_len, bos_id)
+    train_tokens = TokenStream(folder, manifest, "train", c.seq_len)
     validation = Validation(folder, manifest, c.val_tokens, c.seq_len)
     peak_flops = measured_matmul_rate(device, c.dtype)
     flops_per_token = model.flops_per_token()

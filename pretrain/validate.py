@@ -23,7 +23,7 @@ class Validation:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], val_tokens: int, seq_len: int) -> None:
         split = manifest["splits"]["val"]
-        self.stream = TokenStream([folder / s["file"] for s in split["shards"]], seq_len, shards.BOS)
+        self.stream = TokenStream(folder, manifest, "val", seq_len)
         self.token_bytes = torch.from_numpy(np.load(folder / "token_bytes.npy", allow_pickle=False).astype(np.int64))
         self.n_windows = min(self.stream.n_windows, max(1, val_tokens // seq_len))
         self.is_whole_split = val_tokens >= split["tokens"]
@@ -48,7 +48,7 @@ class Validation:
     def openings(self, n: int, eos_id: int) -> list[list[int]]:
         """The first tokens of the first `n` validation documents, from their `<s>`."""
         tokens = self.stream.slice(0, min(self.stream.n_tokens, 200_000))
-        starts = np.flatnonzero(tokens == self.stream.bos_id)[:n]
+        starts = np.flatnonzero(tokens == shards.BOS)[:n]
         rows = [tokens[s : s + OPENING].tolist() for s in starts]
         return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
@@ -58,7 +58,7 @@ def sample_texts(
 ) -> list[tuple[str, str]]:
     """(prompt, prompt and continuation): one document from nothing, then openings of validation documents."""
     tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    prompts = [[validation.stream.bos_id], *validation.openings(3, eos_id)]
+    prompts = [[shards.BOS], *validation.openings(3, eos_id)]
     texts = []
     for number, prompt in enumerate(prompts):
         ids = model.generate(prompt, SAMPLE_TOKENS, eos_id, SAMPLE_TEMPERATURE, seed=seed + number)

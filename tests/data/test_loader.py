@@ -7,20 +7,26 @@ import numpy as np
 import pytest
 
 from data.loader import TokenStream, permuted
+from data.shards import BOS, starts_name
 
-BOS = 1
+
+def opened(folder: Path, seq_len: int) -> TokenStream:
+    """The shards in `folder` through the manifest's entries that the loader reads."""
+    files = [{"file": path.name} for path in sorted(folder.glob("*.tokens.npy"))]
+    return TokenStream(folder, {"splits": {"train": {"shards": files}}}, "train", seq_len)
 
 
 def stream(folder: Path, lengths: list[int], seq_len: int, dtype: Any = np.uint16) -> tuple[TokenStream, np.ndarray]:
     """Shards of these lengths with a `<s>` about every tenth token, and their concatenation."""
     rng = np.random.default_rng(sum(lengths))
     arrays = [rng.integers(2, 50_000, length).astype(dtype) for length in lengths]
-    paths = []
+    folder = folder / "-".join(map(str, lengths))
+    folder.mkdir(exist_ok=True)
     for number, array in enumerate(arrays):
         array[rng.random(len(array)) < 0.1] = BOS
-        paths.append(folder / f"{len(lengths)}-{number:05d}.npy")
-        np.save(paths[-1], array)
-    return TokenStream(paths, seq_len, BOS), np.concatenate(arrays).astype(np.int64)
+        np.save(folder / f"train-{number:05d}.tokens.npy", array)
+        np.save(folder / starts_name(f"train-{number:05d}.tokens.npy"), np.flatnonzero(array == BOS))
+    return opened(folder, seq_len), np.concatenate(arrays).astype(np.int64)
 
 
 def test_permuted_is_a_bijection_whatever_n() -> None:
@@ -91,7 +97,7 @@ def test_a_batch_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
     """Another process that asks for step 5 first gets what the one that began at 0 got; another seed another."""
     tokens, whole = stream(tmp_path, [500, 500], 16)
     served = {step: tokens.batch(step, 4, seed=9) for step in range(12)}
-    fresh = TokenStream(sorted(tmp_path.glob("2-*.npy")), 16, BOS)
+    fresh = opened(tmp_path / "500-500", 16)
     for step in (5, 0, 11):
         for ours, theirs in zip(fresh.batch(step, 4, seed=9), served[step], strict=True):
             assert ours.equal(theirs)

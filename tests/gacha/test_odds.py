@@ -23,8 +23,6 @@ def test_best_of_is_the_mean_over_all_subsets(k: int, lower: bool, best: type) -
 def test_more_pulls_than_observed_are_refused() -> None:
     with pytest.raises(ValueError, match="from 6 pulls"):
         odds.best_of(FINALS, 7)
-    with pytest.raises(ValueError, match="from 3"):
-        odds.hits_at_least_once(1, 3, 4)
 
 
 @pytest.mark.parametrize("bad", [[], [1.0, math.nan], [math.inf]])
@@ -41,15 +39,6 @@ def test_bootstrap_interval_is_seeded_and_covers() -> None:
         got.lo <= 0 <= got.hi for got in (odds.best_of(rng.normal(size=20), 1, bootstraps=1000) for _ in range(200))
     )
     assert 0.88 <= inside / 200 <= 0.98
-
-
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_hits_at_least_once_is_the_share_of_subsets(k: int) -> None:
-    pulls = [True, False, True, False, False]
-    exact = np.mean([any(subset) for subset in itertools.combinations(pulls, k)])
-    got = odds.hits_at_least_once(2, 5, k)
-    assert got.value == pytest.approx(exact)
-    assert got.lo < got.value < got.hi or got.value == 1
 
 
 def test_divergence_interval_covers_at_least_what_it_claims() -> None:
