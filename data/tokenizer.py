@@ -157,7 +157,8 @@ def convert(processor: Any) -> Any:
         # SentencePiece joins whatever neighbours make a piece, the best-scored piece first: every cut is a merge.
         cuts = [(piece[:at], piece[at:], i) for piece, i in normal.items() for at in range(1, len(piece))]
         cuts = [cut for cut in cuts if cut[0] in normal and cut[1] in normal]
-        cuts.sort(key=lambda cut: (-scores[cut[2]], normal[cut[0]], normal[cut[1]]))
+        # Of equal scores (runs of spaces, in Mistral's) it joins the leftmost: where the longest left part is.
+        cuts.sort(key=lambda cut: (-scores[cut[2]], -len(cut[0]), normal[cut[0]], normal[cut[1]]))
         vocab, merges = {piece: i for i, piece in enumerate(pieces)}, [(left, right) for left, right, _ in cuts]
         model = models.BPE(vocab=vocab, merges=merges, unk_token=pieces[UNK], fuse_unk=True, byte_fallback=True)
     else:
