@@ -1,43 +1,17 @@
-"""The report's figures as plotly JSON. Colours are the light theme's; the page swaps them by `PALETTE` when dark."""
+"""The report's figures as plotly JSON. Colours are the light theme's; the page swaps them by webpage.PALETTE."""
 
 import itertools
 import json
 import math
-from html import escape
 from typing import Any
 
 import numpy as np
 
 from gacha.runs import Run, Series
+from webpage import C, blank, literal
 
-PALETTE = {
-    # name: (light, dark); blue, green, purple, ochre and vermilion keep apart for colour-blind readers
-    "paper": ("#fbfaf7", "#15171c"),
-    "card": ("#ffffff", "#1c1f26"),
-    "ink": ("#20242c", "#e9e7e2"),
-    "muted": ("#6a6f79", "#9aa0ab"),
-    "rule": ("#e4e1da", "#30343d"),
-    "grid": ("#efece6", "#262a32"),
-    "ok": ("#1f6fa8", "#62b3ea"),
-    "spiked": ("#b57a00", "#eab54a"),
-    "diverged": ("#cc4a1c", "#ff8e63"),
-    "stopped": ("#7a6aa6", "#b3a4de"),
-    "crashed": ("#5d636e", "#a3a9b5"),
-    "running": ("#0d8a78", "#4bc7b1"),
-    "recipe1": ("#11806b", "#46c0a6"),
-    "recipe2": ("#8b5c9f", "#c79bd9"),
-    "recipe3": ("#946f00", "#dcb145"),
-    "recipe4": ("#4d5b7c", "#9fb0d6"),
-    "band0": ("rgba(31,111,168,0.14)", "rgba(98,179,234,0.18)"),
-    "band1": ("rgba(17,128,107,0.14)", "rgba(70,192,166,0.18)"),
-    "band2": ("rgba(139,92,159,0.14)", "rgba(199,155,217,0.18)"),
-    "band3": ("rgba(148,111,0,0.14)", "rgba(220,177,69,0.18)"),
-    "band4": ("rgba(77,91,124,0.14)", "rgba(159,176,214,0.18)"),
-}
-C = {name: light for name, (light, _) in PALETTE.items()}
 RECIPES = [C["ok"], C["recipe1"], C["recipe2"], C["recipe3"], C["recipe4"]]
 BANDS = [C[f"band{i}"] for i in range(5)]
-FONT = "system-ui, -apple-system, 'Segoe UI', 'Hiragino Sans', 'Noto Sans CJK JP', sans-serif"
 POINTS, POINTS_IN_ALL = 500, 24_000
 """Points drawn at most of a line and of a figure; each bucket keeps its lowest and highest, so no spike is lost."""
 SIBLINGS = 8
@@ -61,40 +35,9 @@ def build(report: dict[str, Any], pulls: list[Run]) -> dict[str, Any]:
     return {name: json.loads(figure.to_json()) for name, figure in drawn.items() if figure is not None}
 
 
-def blank(height: int, x_title: str, y_title: str) -> Any:
-    """An empty figure in the page's style."""
-    import plotly.graph_objects as go
-
-    axis = {"gridcolor": C["grid"], "zeroline": False, "linecolor": C["rule"], "automargin": True, "ticks": ""}
-    axis |= {"title": {"font": {"size": 12, "color": C["muted"]}, "standoff": 10}}
-    label = {"bgcolor": C["card"], "bordercolor": C["rule"], "font": {"family": FONT, "size": 12, "color": C["ink"]}}
-    template = go.layout.Template(
-        layout={
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": {"family": FONT, "size": 12, "color": C["muted"]},
-            "xaxis": axis | {"showgrid": False, "showline": True},
-            "yaxis": axis,
-            "hoverlabel": label | {"align": "left"},
-            "showlegend": False,
-            "margin": {"l": 8, "r": 16, "t": 14, "b": 8},
-            "dragmode": False,
-        }
-    )
-    figure = go.Figure(layout={"template": template, "height": height})
-    figure.update_xaxes(title_text=x_title, fixedrange=True)
-    figure.update_yaxes(title_text=y_title, fixedrange=True)
-    return figure
-
-
 def seed_name(row: dict[str, Any]) -> str:
     """A pull's short label, safe inside plotly's pseudo-HTML."""
     return literal(f"s{row['seed']}" if row["seed"] is not None else str(row["name"]))
-
-
-def literal(text: str) -> str:
-    """Text that plotly draws as it stands: its labels know tags, links among them."""
-    return escape(text[:24])
 
 
 def curve_of(run: Run, metric: str) -> Series | None:

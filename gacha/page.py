@@ -1,19 +1,14 @@
-"""The report as one HTML file: everything inlined, nothing requested, readable without JavaScript, safe to print.
+"""The report as one HTML file (see webpage.py). Every string that a run supplied passes `escape`."""
 
-Every string that a run supplied passes `escape`; a content security policy forbids the rest (network, other scripts).
-"""
-
-import base64
-import gzip
-import hashlib
-import json
 import math
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import webpage
 from gacha import figures, runs
 from gacha.runs import Run
+from webpage import NONE, duration, figure, icon, si
 
 HERE = Path(__file__).parent
 SAMPLES = 6
@@ -26,68 +21,25 @@ MEANING = {
     "crashed": "killed or failed: no exit record",
     "running": "still writing",
 }
-NONE = '<span class="none">–</span>'
 
 
 def build(report: dict[str, Any], pulls: list[Run]) -> str:
     """The page's HTML, given `report.summarise`'s numbers and the runs they came from."""
-    import plotly
-
     drawn = figures.build(report, pulls)
-    bundle = (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
-    script = (HERE / "report.js").read_text(encoding="utf-8")
-    style = theme_css() + (HERE / "report.css").read_text(encoding="utf-8")
-    packed = base64.b64encode(gzip.compress(bundle.encode(), 9, mtime=0)).decode()
-    allowed = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'" for code in (script, bundle)
+    body = "\n".join(
+        (
+            hero(report),
+            table(report),
+            curve_section(report, drawn),
+            odds_section(report, drawn),
+            cost_section(report),
+            sample_section(report, pulls),
+            notes(report),
+        )
     )
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {allowed}"
     title = ", ".join(report["projects"]) or report["source"]
-    data = {"figures": drawn, "dark": dict(figures.PALETTE.values())}
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)} · llm-gacha report</title>
-<style>{style}</style>
-</head>
-<body>
-{(HERE / "report.svg").read_text(encoding="utf-8")}
-<header class="top"><p class="brand">{icon("ok")}<span>llm-gacha</span></p>
-<button type="button" id="theme" hidden>Dark</button></header>
-<main>
-{hero(report)}
-{table(report)}
-{curve_section(report, drawn)}
-{odds_section(report, drawn)}
-{cost_section(report)}
-{sample_section(report, pulls)}
-{notes(report)}
-</main>
-<script type="application/json" id="data">{for_script(data)}</script>
-<script type="text/plain" id="plotly">{packed}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-
-def for_script(value: Any) -> str:
-    """JSON that no content can break out of a script element with."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def theme_css() -> str:
-    """The palette as CSS variables: light, dark by the reader's system, and either one by choice."""
-    light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in figures.PALETTE.items()) for i in (0, 1))
-    return (
-        f":root{{{light}}}\n@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}\n"
-        f"@media screen{{:root[data-theme=dark]{{{dark}}}}}\n"
-    )
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    return webpage.build(f"{title} · llm-gacha report", body, drawn, style, script)
 
 
 def hero(report: dict[str, Any]) -> str:
@@ -251,16 +203,6 @@ def table_row(row: dict[str, Any], varied: list[str], best: dict[str, Any] | Non
     return f'<tr class="{classes}" data-run="{escape(row["run_id"])}">{"".join(cells)}</tr>'
 
 
-def figure(name: str, drawn: dict[str, Any], title: str, caption: str) -> str:
-    """A figure's place, its height kept before the script fills it; empty when it was not drawn."""
-    if name not in drawn:
-        return ""
-    height = drawn[name]["layout"]["height"]
-    return f"""<figure><h3>{title}</h3><div class="plot" data-figure="{name}" style="min-height:{height}px">
-<noscript>Figures need JavaScript; every number they show is in the tables and in report.json.</noscript></div>
-<figcaption>{caption}</figcaption></figure>"""
-
-
 def curve_section(report: dict[str, Any], drawn: dict[str, Any]) -> str:
     """Curves over tokens and the diverged pull's last moments."""
     if not drawn.keys() & {"loss", "bpb", "event"}:
@@ -369,35 +311,9 @@ def notes(report: dict[str, Any]) -> str:
 beside this page.</p></footer>"""
 
 
-def icon(status: str) -> str:
-    """The status's capsule, decorative: the word always stands beside it."""
-    return f'<svg class="capsule" aria-hidden="true" viewBox="0 0 32 32"><use href="#c-{status}"/></svg>'
-
-
 def setting(value: Any) -> str:
     """A configuration value, short."""
     return f"{value:g}" if isinstance(value, float) else str(value)[:40]
-
-
-def si(value: float) -> str:
-    """Three digits and an SI prefix: 4.00M; nothing known gives an empty string."""
-    if not math.isfinite(value):
-        return ""
-    for power, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if abs(value) >= 10**power:
-            return f"{value / 10**power:.3g} {prefix}"
-    return f"{value:.3g} "
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if not math.isfinite(seconds):
-        return ""
-    if seconds < 90:
-        return f"{seconds:.3g} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} d"
 
 
 def money(amounts: dict[str, float]) -> str:
