@@ -126,7 +126,7 @@ def bench_training(folder: Path) -> list[dict[str, Any]]:
     """Tokens/s of one pull against transformers' Llama, and its model FLOPs against the matmul rate; all cores."""
     entries = []
     for name, size in SIZES.items():
-        config = build.BuildConfig("inquiries", folder / name, documents=4000, vocab_size=size[0], baseline_tokens=0)
+        config = build.BuildConfig("inquiries", out=folder / name, documents=4000, vocab_size=size[0], baseline_tokens=0)
         with contextlib.redirect_stderr(io.StringIO()):
             manifest = build.build(config)
         stream = TokenStream(config.out, manifest, "train", SEQ_LEN)
@@ -196,6 +196,9 @@ def main() -> int:
         step_seconds = SIZES["1M"][-1] * SEQ_LEN / entries[0]["ours"]
         entries += bench_guard(step_seconds)
         entries += bench_reader(Path(scratch))
+    # A process of its own: the crawl's benchmark forks, and torch is a lot to fork.
+    done = subprocess.run([sys.executable, "bench_crawl.py", "--json"], stdout=subprocess.PIPE, check=True)
+    entries += json.loads(done.stdout)
     Path("bench.json").write_text(json.dumps(entries, indent=1) + "\n")
     width = max(len(e["name"]) for e in entries)
     print(f"{'':<{width}}  {'ours':>12}  {'peer':>12}  {'ratio':>7}  unit")

@@ -3,11 +3,15 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,21 +21,32 @@ import numpy as np
 import console
 import tracking
 from console import UserError
-from data import ngram, shards, sources, tokenizer
+from data import mix, ngram, page, shards, sources, spool, tokenizer
+from data.progress import progress, say
 
-ROW_GROUP_BYTES = 4_000_000  # documents spooled, and later encoded, at a time
-DOCUMENTS_FILE_BYTES = 1_000_000_000  # text per documents-*.parquet
 PROBED_DOCUMENTS = 200
-LINE_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
+# Flags that say where and by whom a build is made, not what it holds.
+WHERE = (
+    "out",
+    "json",
+    "annotations",
+    "executor",
+    "workers",
+    "slurm_partition",
+    "slurm_time",
+    "slurm_mem_gb",
+    "slurm_env",
+)
 
 
 @dataclass(frozen=True)
 class BuildConfig:
     """Documents to token shards: spool, tokenizer, shards, manifest."""
 
-    source: str
-    """inquiries, files:GLOB, jsonl:GLOB, parquet:GLOB or hf:NAME[:CONFIG][:SPLIT]; .gz, .bz2 and .zst by suffix."""
-    out: Path
+    source: str = ""
+    """inquiries, files:GLOB, jsonl:GLOB, parquet:GLOB, warc:GLOB, wet:GLOB or hf:NAME[:CONFIG][:SPLIT]; .gz, .bz2 and
+    .zst by suffix. Empty with --mix."""
+    out: Path = dataclasses.field(kw_only=True)
     """Folder to make. One that holds the same build is left as it is."""
     documents: int = 20_000
     """Documents that `inquiries` generates."""
@@ -61,14 +76,47 @@ class BuildConfig:
     """Tokens per shard file, give or take one document."""
     baseline_tokens: int = 5_000_000
     """Training tokens of the Kneser–Ney 5-gram baseline; 0: none."""
+    profile: str = "auto"
+    """What is worth keeping: a bundled profile or a YAML file; auto: domain, which drops what nobody wants and no more,
+    for web archives, and none (every document as it is) for other sources."""
+    thresholds: tuple[str, ...] = ()
+    """Changes to the profile, such as max_sentence_length.max=250; also spelled --max_sentence_length.max 250."""
+    annotations: Path | None = None
+    """Keep every statistic of every page in this folder, or take them from it if it was made from the same source."""
+    mix: Path | None = None
+    """YAML of sources with weights and epochs, in place of --source."""
+    eval_sets: tuple[str, ...] = ()
+    """Sources of evaluation items whose copies are looked for in the corpus (with a profile)."""
+    eval_keys: tuple[str, ...] = ("text",)
+    """Keys of an evaluation item that hold its texts."""
+    drop_contaminated: bool = False
+    """Leave out documents that hold an evaluation item."""
+    executor: Literal["local", "slurm", "ray"] = "local"
+    """datatrove's executor for the stages before the tokenizer (with a profile)."""
+    workers: int = 0
+    """Tasks at once; 0: one a core of this machine, on a cluster no limit."""
+    slurm_partition: str = ""
+    """Partition that Slurm jobs go to."""
+    slurm_time: str = "24:00:00"
+    """Time limit of a Slurm task."""
+    slurm_mem_gb: int = 4
+    """Memory of a Slurm task, GiB."""
+    slurm_env: str = ""
+    """Shell commands before each Slurm task, such as `module load gcc`."""
     json: bool = False
     """Print the result as one JSON object."""
 
 
 def main(argv: list[str]) -> int | None:
     """`python -m data build`: the result on stdout, exit code 0 also where it was already built."""
-    config = console.parse(BuildConfig, argv, "python -m data build")
+    from data import profiles
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(console.EXIT_TERMINATED))
+    config = console.parse(BuildConfig, profiles.spell_thresholds(argv), "python -m data build")
     was_there = (config.out / "manifest.json").is_file()
+    if config.executor == "slurm" and not was_there:
+        console.print_result(submit(config), config.json)
+        return 0
     manifest = build(config)
     result = summary(config, manifest)
     if not was_there:
@@ -80,7 +128,8 @@ def main(argv: list[str]) -> int | None:
 def build(config: BuildConfig) -> dict[str, Any]:
     """Build `config.out` and return its manifest, or return the one there if it was built from the same.
 
-    Raises UserError for bad input; `config.out` then does not exist, or is as it was.
+    Raises UserError for bad input; `config.out` then does not exist, or is as it was. What a profile's stages have done
+    stays beside `out` until the build is complete, so that the same command goes on after a kill.
     """
     check(config)
     begun = time.perf_counter()
@@ -88,8 +137,31 @@ def build(config: BuildConfig) -> dict[str, Any]:
     if (existing := already(config, identity)) is not None:
         say(f"{config.out} is already built")
         return existing
+    parts = parts_of(config)
+    work = work_folder(config.out)
+    jobs = [job(config, part, work / str(number)) for number, part in enumerate(parts)]
+    with contextlib.ExitStack() as locks:
+        if any(jobs):
+            from data import crawl
+
+            locks.enter_context(crawl.locked(work))
+            for one in filter(None, jobs):
+                crawl.run(one)
+        manifest = shard(config, identity, parts, jobs, begun)
+        if any(jobs):
+            shutil.rmtree(work)
+    return manifest
+
+
+def shard(
+    config: BuildConfig, identity: dict[str, Any], parts: list[mix.Part], jobs: list[Any], begun: float
+) -> dict[str, Any]:
+    """The second half of a build: documents to Parquet, tokenizer, shards, baseline, manifest."""
     with shards.part_folder(config.out) as part:
-        counts, files = spool(config, part)
+        streams = [stream(config, *pair) for pair in zip(parts, jobs, strict=True)]
+        expected = config.max_documents or (config.documents if config.source == "inquiries" else None)
+        counts, files, sizes = spool.spool(part, streams, expected, config.normalize, config.val_fraction)
+        repeats = mix.plan(parts, [size["train_bytes"] for size in sizes])
         if config.tokenizer is None:
             sample = training_sample(config, part, files, counts["train"]["bytes"])
             model = tokenizer.train(sample, config.model_type, config.vocab_size, config.max_piece_length)
@@ -97,7 +169,9 @@ def build(config: BuildConfig) -> dict[str, Any]:
         else:
             model = (tokenizer_folder(config.tokenizer) / "tokenizer.model").read_bytes()
         tokenizer.write_folder(model, part / "tokenizer")
-        tokenizer.probe(part / "tokenizer", (text for _, text, _ in first(spooled(part, files), PROBED_DOCUMENTS)))
+        tokenizer.probe(
+            part / "tokenizer", (text for _, text, _ in spool.first(spool.spooled(part, files), PROBED_DOCUMENTS))
+        )
         processor = tokenizer.load(part / "tokenizer")
         vocab = processor.get_piece_size()
         manifest: dict[str, Any] = {
@@ -112,12 +186,19 @@ def build(config: BuildConfig) -> dict[str, Any]:
             "documents": files,
             "skipped_blank": counts["blank"],
         }
+        if config.mix is not None:
+            manifest["mix"] = [
+                {"source": one.source, "repeats": repeat, **size}
+                for one, repeat, size in zip(parts, repeats, sizes, strict=True)
+            ]
         tokens_path = part / "token_bytes.npy"
         with tokens_path.open("wb") as file:
             np.save(file, tokenizer.token_bytes(processor), allow_pickle=False)
-        written = encode(config, part, files, processor, manifest["dtype"], counts)
+        bounds = [size["documents"] for size in sizes]
+        written = encode(config, part, files, processor, manifest["dtype"], bounds, repeats)
         manifest["splits"] = {
             split: counts[split]
+            | {key: sum(shard[key] for shard in written[split]) for key in ("documents", "bytes")}
             | {"tokens": sum(shard["tokens"] for shard in written[split]), "shards": written[split]}
             for split in ("train", "val")
         }
@@ -134,7 +215,11 @@ def build(config: BuildConfig) -> dict[str, Any]:
             manifest["baseline"] = ngram.baseline(part, manifest, 5, config.baseline_tokens)
             say(f"5-gram baseline: {manifest['baseline']['val_bpb']:.4f} bits per byte")
         manifest["fingerprint"] = shards.fingerprint(manifest)
+        found = records(jobs)
         manifest["seconds"] = round(time.perf_counter() - begun, 2)
+        console.write_atomic(part / "funnel.json", json.dumps(found, ensure_ascii=False).encode())
+        html = page.build(found, manifest, summary(config, manifest))
+        console.write_atomic(part / "report.html", html.encode())
         console.write_atomic(
             part / "manifest.json", json.dumps(manifest, ensure_ascii=False, indent=1).encode() + b"\n"
         )
@@ -158,6 +243,7 @@ def summary(config: BuildConfig, manifest: dict[str, Any]) -> dict[str, Any]:
         "seconds": manifest["seconds"],
         "fingerprint": manifest["fingerprint"],
         "folder": str(config.out),
+        "page": str(config.out / "report.html"),
     }
 
 
@@ -173,9 +259,19 @@ def track(config: BuildConfig, manifest: dict[str, Any], result: dict[str, Any])
         x_axis=None,
         lineage={"source": config.source, "inputs": len(manifest["inputs"])},
     )
+    found = json.loads((config.out / "funnel.json").read_bytes())
+    for number, one in enumerate(found):
+        from data import funnel
+
+        for name, columns, rows in funnel.tables(one):
+            tracker.table(f"{number}/{name}" if len(found) > 1 else name, columns, rows, step=0)
     tracker.summary({"status": "ok", **result})
     made = {
-        "corpus": sorted(config.out.glob("documents-*.parquet")),
+        "corpus": [
+            *sorted(config.out.glob("documents-*.parquet")),
+            config.out / "funnel.json",
+            config.out / "report.html",
+        ],
         "tokenizer": [config.out / "tokenizer"],
         "shards": [config.out / "manifest.json", *sorted(config.out.glob("*.npy"))],
     }
@@ -184,8 +280,105 @@ def track(config: BuildConfig, manifest: dict[str, Any], result: dict[str, Any])
     tracker.finish(0)
 
 
+def parts_of(config: BuildConfig) -> list[mix.Part]:
+    """The parts of the mix; a single source is a mix of one."""
+    return mix.read(config.mix) if config.mix is not None else [mix.Part(config.source)]
+
+
+def work_folder(out: Path) -> Path:
+    """Where the stages before the tokenizer keep what they have done, beside `out`."""
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - as in shards.part_folder
+    return out.with_name(f".{out.name}.work")
+
+
+def job(config: BuildConfig, part: mix.Part, work: Path) -> Any:
+    """The crawl.Job of a part; None where its profile is "none" and documents are taken as they are."""
+    from data import profiles
+
+    profile = profiles.choose(part.profile or config.profile, part.source)
+    if profile is None:
+        if config.thresholds or config.annotations or config.eval_sets:
+            raise UserError("--thresholds, --annotations and --eval_sets need a --profile, such as domain")
+        return None
+    from data import crawl
+
+    return crawl.Job(
+        part.source,
+        profiles.with_thresholds(profile, config.thresholds),
+        config.annotations or work / "annotated",
+        work,
+        keep=config.annotations is not None,
+        text_key=part.text_key or config.text_key,
+        id_key=part.id_key or config.id_key,
+        documents=config.documents,
+        seed=config.seed,
+        max_documents=config.max_documents,
+        eval_sets=config.eval_sets,
+        eval_keys=config.eval_keys,
+        drop_contaminated=config.drop_contaminated,
+        executor=config.executor,
+        workers=config.workers,
+        slurm=crawl.Slurm(config.slurm_partition, config.slurm_time, config.slurm_mem_gb, config.slurm_env),
+    )
+
+
+def stream(config: BuildConfig, part: mix.Part, crawled: Any) -> Iterator[sources.Document]:
+    """The documents of a part, from its crawl's last stage or straight from its source."""
+    if crawled is not None:
+        from data import crawl
+
+        return crawl.documents(crawled)
+    return sources.read(
+        part.source,
+        documents=config.documents,
+        seed=config.seed,
+        text_key=part.text_key or config.text_key,
+        id_key=part.id_key or config.id_key,
+        max_documents=config.max_documents,
+    )
+
+
+def submit(config: BuildConfig) -> dict[str, Any]:
+    """Send the build's stages to Slurm: the id of the last job, which completes the build, and where it writes."""
+    check(config)
+    already(config, identify(config))
+    if not config.slurm_partition:
+        raise UserError("--executor slurm: name a --slurm_partition, such as one that sinfo lists")
+    work = work_folder(config.out)
+    jobs = [job(config, part, work / str(number)) for number, part in enumerate(parts_of(config))]
+    if len(jobs) != 1 or jobs[0] is None:
+        raise UserError("--executor slurm: for one --source with a --profile")
+    from data import slurm
+
+    local = dataclasses.replace(config, executor="local", workers=0)
+    log = work.with_name(f"{config.out.name}.log")
+    last = slurm.submit(jobs[0], ["build", *flags_of(local)], log)
+    return {"job": last, "log": str(log), "logs_of_tasks": str(slurm.logs(jobs[0]) / "JOB_TASK.out")}
+
+
+def flags_of(config: BuildConfig) -> list[str]:
+    """`config` as a command line: the flags that differ from their defaults."""
+    flags: list[str] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            flags += [f"--{field.name}", *map(str, value)] if isinstance(value, tuple) else [f"--{field.name}={value}"]
+    return flags
+
+
+def records(jobs: list[Any]) -> list[dict[str, Any]]:
+    """What became of each crawled part, for W&B and the page."""
+    if not any(jobs):
+        return []
+    from data import funnel
+
+    return [funnel.record(one) for one in jobs if one]
+
+
 def check(config: BuildConfig) -> None:
     """Raise UserError for a value that no build could use."""
+    if bool(config.source) == bool(config.mix):
+        raise UserError("give --source, such as --source inquiries, or --mix FILE.yaml: one of the two")
     if not 0 < config.val_fraction < 1:
         raise UserError(f"--val_fraction {config.val_fraction}: a share between 0 and 1, such as 0.02")
     for name in ("documents", "vocab_size", "max_piece_length", "tokenizer_bytes", "shard_tokens"):
@@ -204,16 +397,30 @@ def tokenizer_folder(folder: Path) -> Path:
 def identify(config: BuildConfig) -> dict[str, Any]:
     """All that decides what a build holds and can be known before it: the flags and the source's files."""
     flags = dataclasses.asdict(config)
-    del flags["out"], flags["json"]
-    if config.source != "inquiries":
+    for name in (*WHERE, "profile", "thresholds", "mix"):
+        del flags[name]
+    parts = parts_of(config)
+    if all(part.source != "inquiries" for part in parts):
         del flags["documents"], flags["seed"]
+    if not config.eval_sets:
+        del flags["eval_sets"], flags["eval_keys"], flags["drop_contaminated"]
+    if config.mix is not None:
+        flags["mix"] = [dataclasses.asdict(part) for part in parts]
+    made = [job(config, part, Path()) for part in parts]
+    if any(made):
+        from data import profiles
+
+        flags["profiles"] = [profiles.describe(one.profile) if one else None for one in made]
     if config.tokenizer is not None:
         path = tokenizer_folder(config.tokenizer) / "tokenizer.model"
         tokenizer.load(path.parent)
         flags["tokenizer"] = hashlib.sha256(path.read_bytes()).hexdigest()
         for name in ("model_type", "vocab_size", "max_piece_length", "tokenizer_bytes"):
             del flags[name]
-    return {"config": flags, "inputs": sources.inputs(config.source)}
+    inputs = [entry for part in parts for entry in sources.inputs(part.source)]
+    inputs += [entry for source in config.eval_sets for entry in sources.inputs(source)]
+    # As JSON has it, since it is compared with what a manifest holds.
+    return json.loads(json.dumps({"config": flags, "inputs": inputs}))
 
 
 def already(config: BuildConfig, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -237,117 +444,18 @@ def already(config: BuildConfig, identity: dict[str, Any]) -> dict[str, Any] | N
     return manifest
 
 
-def spool(config: BuildConfig, part: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Stream the source once into documents-*.parquet; returns counts by split and the files written."""
-    counts: dict[str, Any] = {s: {"documents": 0, "bytes": 0, "characters": 0} for s in ("train", "val")}
-    counts["blank"] = 0
-    files: list[dict[str, Any]] = []
-    rows: list[dict[str, str]] = []
-    rows_bytes = 0
-    with contextlib.ExitStack() as open_file:
-        write: Callable[[list[dict[str, str]], int], None] | None = None
-        total = config.max_documents or (config.documents if config.source == "inquiries" else None)
-        with progress("documents", total, "documents") as advance:
-            for document in sources.read(
-                config.source,
-                documents=config.documents,
-                seed=config.seed,
-                text_key=config.text_key,
-                id_key=config.id_key,
-                max_documents=config.max_documents,
-            ):
-                advance(1)
-                text = tokenizer.normalise(document.text, config.normalize)
-                if not text.strip():
-                    counts["blank"] += 1
-                    continue
-                try:
-                    raw = text.encode()
-                except UnicodeEncodeError as error:
-                    raise UserError(
-                        f"document {document.id!a}: character {error.start} is half a surrogate pair: mend the source"
-                    ) from None
-                split = "val" if share(raw) < config.val_fraction else "train"
-                counts[split]["documents"] += 1
-                counts[split]["bytes"] += len(raw)
-                counts[split]["characters"] += len(text)
-                facts = normalised(document.facts, config.normalize)
-                name = document.id.encode("utf-8", "replace").decode()
-                rows.append({"id": name, "text": text, "split": split, "facts": json.dumps(facts, ensure_ascii=False)})
-                rows_bytes += len(raw)
-                if rows_bytes >= ROW_GROUP_BYTES:
-                    if write is None or files[-1]["bytes"] >= DOCUMENTS_FILE_BYTES:
-                        open_file.close()
-                        write = open_file.enter_context(documents_file(part, files))
-                    write(rows, rows_bytes)
-                    rows, rows_bytes = [], 0
-        if rows:
-            write = write or open_file.enter_context(documents_file(part, files))
-            write(rows, rows_bytes)
-    if not files:
-        what = f"{counts['blank']} blank documents and nothing else" if counts["blank"] else "no document"
-        raise UserError(f"--source {config.source}: empty corpus, {what}")
-    for split, other, change in (("val", "train", "raise"), ("train", "val", "lower")):
-        if not counts[split]["documents"]:
-            raise UserError(
-                f"no {split} documents: all {counts[other]['documents']} fell to {other} at --val_fraction "
-                f"{config.val_fraction}: {change} it or add documents"
-            )
-    return counts, files
-
-
-@contextlib.contextmanager
-def documents_file(part: Path, files: list[dict[str, Any]]) -> Iterator[Callable[[list[dict[str, str]], int], None]]:
-    """The next documents-*.parquet, as a function that appends rows as one row group."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pa.schema([(name, pa.string()) for name in ("id", "text", "split", "facts")])
-    entry: dict[str, Any] = {"file": f"documents-{len(files):05d}.parquet", "documents": 0, "bytes": 0}
-    files.append(entry)
-
-    def write(rows: list[dict[str, str]], text_bytes: int) -> None:
-        writer.write_table(pa.Table.from_pylist(rows, schema))
-        entry["documents"] += len(rows)
-        entry["bytes"] += text_bytes
-
-    # A Python file, so that a full disk is an OSError with its errno.
-    with (part / entry["file"]).open("wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        yield write
-
-
-def spooled(part: Path, files: list[dict[str, Any]]) -> Iterator[list[tuple[str, str, str]]]:
-    """The spooled documents as lists of (split, text, id), a row group at a time."""
-    import pyarrow.parquet as pq
-
-    for entry in files:
-        with pq.ParquetFile(part / entry["file"]) as file:
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=["split", "text", "id"])
-                yield list(zip(*(table[name].to_pylist() for name in ("split", "text", "id")), strict=True))
-
-
-def first(groups: Iterator[list[tuple[str, str, str]]], n: int) -> Iterator[tuple[str, str, str]]:
-    """The first `n` documents of `groups`."""
-    for group in groups:
-        yield from group[:n]
-        n -= len(group)
-        if n <= 0:
-            return
-
-
 def training_sample(config: BuildConfig, part: Path, files: list[dict[str, Any]], train_bytes: int) -> Iterator[str]:
     """Training texts of about `tokenizer_bytes` bytes (all, if they are fewer), chosen by hash: the same whatever
     their order, and spread over the whole corpus."""
     ceiling = config.val_fraction + (1 - config.val_fraction) * min(1.0, config.tokenizer_bytes / train_bytes)
     left = config.tokenizer_bytes
     with progress("tokenizer", min(train_bytes, config.tokenizer_bytes), "bytes") as advance:
-        for group in spooled(part, files):
+        for group in spool.spooled(part, files):
             for split, text, _ in group:
                 raw = text.encode()
                 if left <= 0:
                     return
-                if split == "train" and share(raw) <= ceiling:
+                if split == "train" and spool.share(raw) <= ceiling:
                     left -= len(raw)
                     advance(len(raw))
                     yield text
@@ -359,66 +467,36 @@ def encode(
     files: list[dict[str, Any]],
     processor: Any,
     dtype: str,
-    counts: dict[str, Any],
+    bounds: list[int],
+    repeats: list[float],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Write the shards of both splits, in the source's order, with SentencePiece on all cores."""
+    """Write the shards of both splits, in the source's order, with SentencePiece on all cores.
+
+    `bounds` says how many documents each part of a mix has, `repeats` how often its training documents go in. Copies
+    come after all documents were written once, then again, so that no context window sees a document twice.
+    """
     writers = {split: shards.Writer(part, split, dtype, config.shard_tokens) for split in ("train", "val")}
-    total = counts["train"]["documents"] + counts["val"]["documents"]
-    begun, tokens = time.perf_counter(), 0
-    with progress("encoding", total, "documents") as advance:
-        for group in spooled(part, files):
-            encoded = processor.encode([text for _, text, _ in group], num_threads=os.cpu_count() or 1)
-            for (split, text, _), ids in zip(group, encoded, strict=True):
-                writers[split].add(ids, len(text.encode()))
-                tokens += len(ids) + 2
-            advance(len(group))
+    begun, tokens, passes = time.perf_counter(), 0, max(1, *(math.ceil(repeat) for repeat in repeats))
+    with progress("encoding", sum(bounds) * passes, "documents") as advance:
+        for number in range(passes):
+            owner = itertools.chain.from_iterable(itertools.repeat(*pair) for pair in zip(repeats, bounds, strict=True))
+            for group in spool.spooled(part, files):
+                chosen = [
+                    (split, text)
+                    for (split, text, _), repeat in zip(group, owner, strict=False)
+                    if number < copies(split, text, repeat, config.val_fraction)
+                ]
+                encoded = processor.encode([text for _, text in chosen], num_threads=os.cpu_count() or 1)
+                for (split, text), ids in zip(chosen, encoded, strict=True):
+                    writers[split].add(ids, len(text.encode()))
+                    tokens += len(ids) + 2
+                advance(len(group))
     say(f"encoded {tokens:,} tokens at {tokens / (time.perf_counter() - begun):,.0f} tokens/s")
     return {split: writer.close() for split, writer in writers.items()}
 
 
-def share(raw: bytes) -> float:
-    """Where the hash of a document's text falls in [0, 1): the same text always at the same place."""
-    return int.from_bytes(hashlib.sha256(raw).digest()[:8]) / 2**64
-
-
-def normalised(facts: Any, how: str) -> Any:
-    """`facts` with every string normalised as its text was, so that it still stands there."""
-    if isinstance(facts, str):
-        return tokenizer.normalise(facts, how)
-    if isinstance(facts, dict):
-        return {key: normalised(value, how) for key, value in facts.items()}
-    return [normalised(value, how) for value in facts] if isinstance(facts, list | tuple) else facts
-
-
-def say(line: str) -> None:
-    """One line of progress on stderr."""
-    print(line, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def progress(name: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-    """`advance(n)` while the block runs: a bar with rate and ETA on a terminal, else a line now and then."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn as Remaining
-
-        columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-        with Progress(*columns, TimeElapsedColumn(), Remaining(), console=Console(stderr=True)) as bar:
-            task = bar.add_task(name, total=total)
-            yield lambda n: bar.advance(task, n)
-        return
-    done, begun = 0, time.monotonic()
-    last = begun
-
-    def advance(n: int) -> None:
-        nonlocal done, last
-        done += n
-        now = time.monotonic()
-        if now - last >= LINE_EVERY:
-            last = now
-            eta = f", {(total - done) * (now - begun) / done:.0f} s left" if total and done else ""
-            say(f"{name}: {done:,}{f' of {total:,}' if total else ''} {unit}, {done / (now - begun):,.0f}/s{eta}")
-
-    yield advance
-    say(f"{name}: {done:,} {unit} in {time.monotonic() - begun:.1f} s")
+def copies(split: str, text: str, repeats: float, val_fraction: float) -> int:
+    """How often a document goes into the shards: validation documents once, others as the mix says."""
+    if split == "val" or repeats == 1:
+        return 1
+    return mix.copies(repeats, (spool.share(text.encode()) - val_fraction) / (1 - val_fraction))

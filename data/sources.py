@@ -1,5 +1,7 @@
-"""Where documents come from: one generator over the embedded corpus, files, JSON lines, Parquet and Hugging Face."""
+"""Where documents come from: one generator over the embedded corpus, files, JSON lines, Parquet, web archives and
+Hugging Face."""
 
+import collections
 import contextlib
 import gzip
 import hashlib
@@ -21,7 +23,8 @@ GENERATOR = (
     "office.py",
     "lexicon.py",
 )  # the files that `inquiries` documents come from
-SCHEMES = "inquiries, files:GLOB, jsonl:GLOB, parquet:GLOB, hf:NAME[:CONFIG][:SPLIT]"
+SCHEMES = "inquiries, files:GLOB, jsonl:GLOB, parquet:GLOB, warc:GLOB, wet:GLOB, hf:NAME[:CONFIG][:SPLIT]"
+ON_DISK = ("files", "jsonl", "parquet", "warc", "wet")
 CUT_SHORT = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 
 
@@ -42,21 +45,26 @@ def read(
     text_key: str = "text",
     id_key: str = "id",
     max_documents: int = 0,
+    root: str | None = None,
 ) -> Iterator[Document]:
     """Stream the documents of `source`, in a fixed order: files sorted by path, records as they stand.
 
-    `documents` and `seed` are for `inquiries` alone; `max_documents` stops after that many (0: all).
+    `documents` and `seed` are for `inquiries` alone; `max_documents` stops after that many (0: all); `root` is the
+    folder below which documents are named (None: the fixed part of the glob). Of web archives it gives the main text of
+    every page that can be read; the crawl stages say what became of the others.
     Raises UserError naming file, line or byte of whatever cannot be read.
     """
     scheme, _, rest = source.partition(":")
     if scheme == "inquiries" and not rest:
         stream = read_inquiries(documents, seed)
     elif scheme == "files" and rest:
-        stream = read_files(rest)
+        stream = read_files(rest, root)
     elif scheme == "jsonl" and rest:
-        stream = read_jsonl(rest, text_key, id_key)
+        stream = read_jsonl(rest, root, text_key, id_key)
     elif scheme == "parquet" and rest:
-        stream = read_parquet(rest, text_key, id_key)
+        stream = read_parquet(rest, root, text_key, id_key)
+    elif scheme in ("warc", "wet") and rest:
+        stream = read_web(rest, root)
     elif scheme == "hf" and rest:
         stream = read_hf(rest, text_key, id_key)
     else:
@@ -66,8 +74,6 @@ def read(
 
 def unknown(source: str) -> UserError:
     """The error for a `source` that no reader takes."""
-    if source.partition(":")[0] in ("warc", "wet"):
-        return UserError(f"--source {source}: reading web archives comes with the crawl stage; until then {SCHEMES}")
     return UserError(f"--source {source}: unknown source; choose one of {SCHEMES}")
 
 
@@ -77,7 +83,7 @@ def inputs(source: str) -> list[dict[str, Any]]:
     if scheme == "inquiries" and not rest:
         parts = {name: Path(__file__).with_name(name).read_bytes() for name in GENERATOR}
         return [{"path": n, "bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for n, b in parts.items()]
-    if scheme in ("files", "jsonl", "parquet") and rest:
+    if scheme in ON_DISK and rest:
         filesystem, paths, root = match(rest)
         return [{"path": short(path, root), "bytes": filesystem.size(path)} for path in paths]
     if scheme == "hf" and rest:
@@ -95,18 +101,18 @@ def read_inquiries(documents: int, seed: int) -> Iterator[Document]:
         yield Document(document.id, document.text, {"kind": document.kind, **document.facts})
 
 
-def read_files(pattern: str) -> Iterator[Document]:
+def read_files(pattern: str, root: str | None) -> Iterator[Document]:
     """One document per UTF-8 text file; its id is the path below the fixed part of the glob."""
-    filesystem, paths, root = match(pattern)
+    filesystem, paths, root = match(pattern, root)
     for path in paths:
         with opened(filesystem, path) as file:
             raw = file.read()
         yield Document(short(path, root), decode(raw, path, 0).removeprefix("\ufeff"))
 
 
-def read_jsonl(pattern: str, text_key: str, id_key: str) -> Iterator[Document]:
+def read_jsonl(pattern: str, root: str | None, text_key: str, id_key: str) -> Iterator[Document]:
     """One document per line that is a JSON object with a string under `text_key`."""
-    filesystem, paths, root = match(pattern)
+    filesystem, paths, root = match(pattern, root)
     for path in paths:
         offset = 0
         with opened(filesystem, path) as file:
@@ -125,12 +131,12 @@ def read_jsonl(pattern: str, text_key: str, id_key: str) -> Iterator[Document]:
                 yield from_record(record, text_key, id_key, where, f"{short(path, root)}:{number}")
 
 
-def read_parquet(pattern: str, text_key: str, id_key: str) -> Iterator[Document]:
+def read_parquet(pattern: str, root: str | None, text_key: str, id_key: str) -> Iterator[Document]:
     """One document per row, read row group by row group; a null text counts as blank."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    filesystem, paths, root = match(pattern)
+    filesystem, paths, root = match(pattern, root)
     for path in paths:
         with filesystem.open(path, "rb") as raw:
             try:
@@ -195,8 +201,25 @@ def from_record(record: dict[str, Any], text_key: str, id_key: str, where: str, 
     return Document(default_id if name is None else str(name), text)
 
 
-def match(pattern: str) -> tuple[Any, list[str], str]:
-    """The filesystem, the sorted files that `pattern` names, and the folder its fixed part names."""
+def read_web(pattern: str, root: str | None) -> Iterator[Document]:
+    """The main text of every readable page of WARC and WET files."""
+    from data import extract, warc
+
+    filesystem, paths, root = match(pattern, root)
+    for path in paths:
+        name = short(path, root)
+        for page in warc.pages(filesystem, path, name, 0, filesystem.size(path), collections.Counter()):
+            if page.reason:
+                continue
+            with contextlib.suppress(extract.TooComplex):
+                html, _ = extract.decode(page.body, page.charset)
+                text = extract.main_text(html) if page.kind == "html" else page.body.decode("utf-8", "replace")
+                if text.strip():
+                    yield Document(page.id, text, {"url": page.url})
+
+
+def match(pattern: str, root: str | None = None) -> tuple[Any, list[str], str]:
+    """The filesystem, the sorted files that `pattern` names, and `root` or else the folder its fixed part names."""
     import fsspec
     from fsspec.utils import stringify_path
 
@@ -210,7 +233,7 @@ def match(pattern: str) -> tuple[Any, list[str], str]:
         hint = ": it is a folder, add /* to read its files" if filesystem.isdir(path) else ": check the path"
         raise UserError(f"{pattern}: no file there{hint}")
     fixed = path if len(paths) == 1 and paths[0] == path else path[: min((path + "*").find(c) % 10**9 for c in "*?[")]
-    return filesystem, paths, fixed.rpartition("/")[0] + "/"
+    return filesystem, paths, fixed.rpartition("/")[0] + "/" if root is None else root
 
 
 def short(path: str, root: str) -> str:

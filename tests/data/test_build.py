@@ -222,7 +222,7 @@ def test_mistakes_in_the_source_name_the_place(corpus: Path, tmp_path: Path) -> 
         f"parquet:{tmp_path}/c.parquet": "c.parquet: no column 'text': choose --text_key from body",
         f"files:{tmp_path}/none/*.txt": "no file there",
         f"files:{tmp_path}": "it is a folder",
-        "warc:x.warc.gz": "comes with the crawl stage",
+        "warc:x.warc.gz": "no file there",
         "web:x": "unknown source",
     }
     for source, (raw, says) in files.items():
