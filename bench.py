@@ -126,7 +126,8 @@ def bench_training(folder: Path) -> list[dict[str, Any]]:
     """Tokens/s of one pull against transformers' Llama, and its model FLOPs against the matmul rate; all cores."""
     entries = []
     for name, size in SIZES.items():
-        config = build.BuildConfig("inquiries", out=folder / name, documents=4000, vocab_size=size[0], baseline_tokens=0)
+        kept = {"documents": 4000, "vocab_size": size[0], "baseline_tokens": 0}
+        config = build.BuildConfig("inquiries", out=folder / name, **kept)
         with contextlib.redirect_stderr(io.StringIO()):
             manifest = build.build(config)
         stream = TokenStream(config.out, manifest, "train", SEQ_LEN)

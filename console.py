@@ -8,8 +8,10 @@ import io
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -98,6 +100,28 @@ def door(main: Callable[[], int | None]) -> NoReturn:
     if skip_exit_hooks:
         os._exit(code or 0)
     sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the block with exit code 143, also where the signal reached its child processes first."""
+    told = False
+
+    def handle(*_: Any) -> None:
+        nonlocal told
+        told = True
+        sys.exit(EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception:
+        time.sleep(0.2)
+        if told:
+            sys.exit(EXIT_TERMINATED)
+        raise
 
 
 def discard_stdout() -> None:

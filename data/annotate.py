@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +24,7 @@ from data import extract, language, profiles, quality, sources, warc, words
 FORMAT = 1
 GROUP_CHARACTERS = 1_500_000  # text held before it is written as one row group
 GROUP_ROWS = 2_000
+BATCH = 32  # pages that pass a step before the next step begins: the language model then stays in the cache
 EXCERPT = 500  # characters kept of a page that the early exit dropped, for the tables of examples
 PLAUSIBLE = 0.1  # share of Japanese characters from which a page is measured whatever fastText calls it
 MIN_KANA = 10  # fewer kana than this is no Japanese text; asked of the HTML first, which spares its extraction
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> int:
         executor=config.executor,
         workers=config.workers,
     )
-    with crawl.locked(config.out):
+    with console.terminable(), crawl.locked(config.out):
         crawl.run(job, last="annotate")
     plan, read = read_plan(config.out), list(funnel.ledgers(config.out / "annotations"))
     result: dict[str, Any] = {
@@ -185,14 +186,19 @@ def annotate(data: Any, rank: int, world_size: int, *, folder: str) -> None:
     held = number = 0
     part = home / f".{rank:05d}.{os.getpid()}.part"
     with part.open("wb") as file, pq.ParquetWriter(file, columns, compression="zstd") as writer:
-        for page in pages(plan, task, counts):
-            number += 1
-            rows.append(annotate_page(page, early, lists, meter))
-            held += len(rows[-1]["text"] or "")
-            if held >= GROUP_CHARACTERS or len(rows) >= GROUP_ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, columns))
-                rows, held = [], 0
-            beat(max(0, offset(page.id) - task.begin))
+        stream = extracted(pages(plan, task, counts), early, meter)
+        while batch := list(filled(stream)):
+            number += len(batch)
+            for row in batch:
+                identify(row, early, meter)
+            for row in batch:
+                measure(row, early, lists, meter)
+                rows.append(row)
+                held += len(row["text"] or "")
+                if held >= GROUP_CHARACTERS or len(rows) >= GROUP_ROWS:
+                    writer.write_table(pa.Table.from_pylist(rows, columns))
+                    rows, held = [], 0
+            beat(max(0, offset(batch[-1]["id"]) - task.begin))
         if rows:
             writer.write_table(pa.Table.from_pylist(rows, columns))
     meter.lap("read")
@@ -234,40 +240,64 @@ def pages(plan: dict[str, Any], task: Task, counts: collections.Counter[str]) ->
         yield warc.Page(document.id, url, document.text.encode("utf-8", "replace"), "utf-8", "text", None)
 
 
-def annotate_page(
-    page: warc.Page, early: profiles.Profile | None, lists: dict[str, words.WordList], meter: "Meter"
-) -> dict[str, Any]:
-    """The page's row: text, language, statistics, or the reason why there is none of them.
+def filled(stream: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The next BATCH rows of `stream`, or as many as hold GROUP_CHARACTERS."""
+    held = 0
+    for row in itertools.islice(stream, BATCH):
+        yield row
+        held += row["characters"]
+        if held >= GROUP_CHARACTERS:
+            return
 
-    With `early` the first rule that rejects the page ends its measurement, and only an excerpt of it is kept.
+
+def extracted(pages: Iterable[warc.Page], early: profiles.Profile | None, meter: "Meter") -> Iterator[dict[str, Any]]:
+    """A row for each page: its text, or the reason why there is none.
+
+    With `early` a page of hardly any kana is none of a Japanese profile's, and is not extracted.
     """
-    row: dict[str, Any] = {"id": page.id, "url": page.url, "reason": page.reason, "text": None, "characters": 0}
-    meter.lap("read")
-    if page.reason:
-        return row
-    if page.kind == "html":
-        html, row["encoding"] = extract.decode(page.body, page.charset)
-        if early and early.language == "ja" and kana(html) < MIN_KANA:
-            meter.lap("language")
-            return row | {"reason": "language", "lang": "und"}
-        try:
-            text = extract.main_text(html)
-        except extract.TooComplex:
-            return row | {"reason": "too_complex"}
-    else:
-        text = page.body.decode("utf-8", "replace")
-    meter.lap("extract", len(text))
-    if not text.strip():
-        return row | {"reason": "no_text"}
-    row["text"], row["characters"] = text, len(text)
+    for page in pages:
+        row: dict[str, Any] = {"id": page.id, "url": page.url, "reason": page.reason, "text": None, "characters": 0}
+        meter.lap("read")
+        if page.kind == "html" and not page.reason:
+            html, row["encoding"] = extract.decode(page.body, page.charset)
+            if early and early.language == "ja" and kana(html) < MIN_KANA:
+                row |= {"reason": "language", "lang": "und"}
+            else:
+                try:
+                    row["text"] = extract.main_text(html)
+                except extract.TooComplex:
+                    row["reason"] = "too_complex"
+        elif not page.reason:
+            row["text"] = page.body.decode("utf-8", "replace")
+        if row["text"] is not None and not row["text"].strip():
+            row |= {"reason": "no_text", "text": None}
+        row["characters"] = len(row["text"] or "")
+        meter.lap("extract", row["characters"])
+        yield row
+
+
+def identify(row: dict[str, Any], early: profiles.Profile | None, meter: "Meter") -> None:
+    """Add the language of the row's text; with `early` a text in another one is let go."""
+    if row["text"] is None:
+        return
+    text = row["text"]
     row["lang"], row["lang_probability"] = language.identify(text)
-    row["kana"] = float(kana(text))
-    share = language.japanese_fraction(text)
+    row["kana"], row["japanese_fraction"] = float(kana(text)), language.japanese_fraction(text)
+    if early and not early.speaks(row["lang"], row["lang_probability"], row["japanese_fraction"], row["kana"]):
+        row["text"] = None
     meter.lap("language", len(text))
-    if early and not early.speaks(row["lang"], row["lang_probability"], share, row["kana"]):
-        return row | {"text": None}
-    if row["lang"] != "ja" and share < PLAUSIBLE and not early:
-        return row
+
+
+def measure(
+    row: dict[str, Any], early: profiles.Profile | None, lists: dict[str, words.WordList], meter: "Meter"
+) -> None:
+    """Add the statistics of the row's text.
+
+    With `early` the first rule that rejects it ends its measurement, and only an excerpt is kept.
+    """
+    text = row["text"]
+    if text is None or (not early and row["lang"] != "ja" and row["japanese_fraction"] < PLAUSIBLE):
+        return
     row |= quality.cheap(text) | words.statistics(text, lists)
     if not early:
         row |= quality.repetition(text)
@@ -278,7 +308,6 @@ def annotate_page(
         if profiles.judge(early, row):
             row["text"] = text[:EXCERPT]
     meter.lap("quality", len(text))
-    return row
 
 
 def kana(text: str) -> int:

@@ -1,6 +1,5 @@
 """`python -m data build`: documents to token shards, in one pass over the source and with flat memory."""
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -8,8 +7,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +19,7 @@ import console
 import tracking
 from console import UserError
 from data import mix, ngram, page, shards, sources, spool, tokenizer
-from data.progress import progress, say
+from data.progress import cores, progress, say
 
 PROBED_DOCUMENTS = 200
 # Flags that say where and by whom a build is made, not what it holds.
@@ -111,16 +108,16 @@ def main(argv: list[str]) -> int | None:
     """`python -m data build`: the result on stdout, exit code 0 also where it was already built."""
     from data import profiles
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(console.EXIT_TERMINATED))
     config = console.parse(BuildConfig, profiles.spell_thresholds(argv), "python -m data build")
     was_there = (config.out / "manifest.json").is_file()
     if config.executor == "slurm" and not was_there:
         console.print_result(submit(config), config.json)
         return 0
-    manifest = build(config)
-    result = summary(config, manifest)
-    if not was_there:
-        track(config, manifest, result)
+    with console.terminable():
+        manifest = build(config)
+        result = summary(config, manifest)
+        if not was_there:
+            track(config, manifest, result)
     console.print_result(result, config.json)
     return 0
 
@@ -133,23 +130,27 @@ def build(config: BuildConfig) -> dict[str, Any]:
     """
     check(config)
     begun = time.perf_counter()
-    identity = identify(config)
+    identity, work = identify(config), work_folder(config.out)
     if (existing := already(config, identity)) is not None:
         say(f"{config.out} is already built")
+        shutil.rmtree(work, ignore_errors=True)  # of a build that was killed at its very end
         return existing
     parts = parts_of(config)
-    work = work_folder(config.out)
     jobs = [job(config, part, work / str(number)) for number, part in enumerate(parts)]
-    with contextlib.ExitStack() as locks:
-        if any(jobs):
-            from data import crawl
+    if not any(jobs):
+        return shard(config, identity, parts, jobs, begun)
+    from data import crawl
 
-            locks.enter_context(crawl.locked(work))
+    with crawl.locked(work):
+        try:
             for one in filter(None, jobs):
                 crawl.run(one)
-        manifest = shard(config, identity, parts, jobs, begun)
-        if any(jobs):
-            shutil.rmtree(work)
+            manifest = shard(config, identity, parts, jobs, begun)
+        except UserError:
+            if not any(work.rglob("completions/*")):
+                shutil.rmtree(work)  # nothing is in it that anybody paid for
+            raise
+        shutil.rmtree(work)
     return manifest
 
 
@@ -159,16 +160,19 @@ def shard(
     """The second half of a build: documents to Parquet, tokenizer, shards, baseline, manifest."""
     with shards.part_folder(config.out) as part:
         streams = [stream(config, *pair) for pair in zip(parts, jobs, strict=True)]
+        named = f"--mix {config.mix}" if config.mix else f"--source {config.source}"
+        if any(jobs):
+            named += " (what its profile keeps)"
         expected = config.max_documents or (config.documents if config.source == "inquiries" else None)
-        counts, files, sizes = spool.spool(part, streams, expected, config.normalize, config.val_fraction)
+        counts, files, sizes = spool.spool(part, named, streams, expected, config.normalize, config.val_fraction)
         repeats = mix.plan(parts, [size["train_bytes"] for size in sizes])
         if config.tokenizer is None:
             sample = training_sample(config, part, files, counts["train"]["bytes"])
             model = tokenizer.train(sample, config.model_type, config.vocab_size, config.max_piece_length)
             say(f"tokenizer trained, {time.perf_counter() - begun:.1f} s so far")
+            tokenizer.write_folder(model, part / "tokenizer")
         else:
-            model = (tokenizer_folder(config.tokenizer) / "tokenizer.model").read_bytes()
-        tokenizer.write_folder(model, part / "tokenizer")
+            model = tokenizer.copy_folder(tokenizer_folder(config.tokenizer), part / "tokenizer")
         tokenizer.probe(
             part / "tokenizer", (text for _, text, _ in spool.first(spool.spooled(part, files), PROBED_DOCUMENTS))
         )
@@ -486,7 +490,7 @@ def encode(
                     for (split, text, _), repeat in zip(group, owner, strict=False)
                     if number < copies(split, text, repeat, config.val_fraction)
                 ]
-                encoded = processor.encode([text for _, text in chosen], num_threads=os.cpu_count() or 1)
+                encoded = processor.encode([text for _, text in chosen], num_threads=cores())
                 for (split, text), ids in zip(chosen, encoded, strict=True):
                     writers[split].add(ids, len(text.encode()))
                     tokens += len(ids) + 2

@@ -13,25 +13,27 @@ import functools
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import multiprocess
 from loguru import logger
 
 import console
 from data import annotate, dedup, overlap, profiles, select, sources
-from data.progress import progress, say
+from data.progress import cores, progress, say
 
 Stage = tuple[str, list[Any], int]
 ROOT = Path(__file__).resolve().parents[1]
 WATCH = 0.5  # seconds between two looks at the tasks' signs of life
+MOST_TASKS = 100  # of the stages that look at the whole corpus: each of them reads all candidate pairs
 WORTH_A_PROCESS = 64_000_000  # bytes that pay for one more process, or task, of the later stages
 
 logger.disable("datatrove")  # a line a task on stderr; what matters is said by `watched` and by exceptions
@@ -100,11 +102,14 @@ def prepare(job: Job) -> int:
 
     Raises UserError where the annotations are of something else, and says what differs.
     """
+    for name in ("documents", "seed", "max_documents", "workers"):
+        if getattr(job, name) < 0:
+            raise console.UserError(f"--{name} {getattr(job, name)}: 0 or more")
     path, wanted = job.annotations / "plan.json", json.loads(json.dumps(plan(job)))
     if path.is_file():
         there = annotate.read_plan(job.annotations)
         changed = [key for key in wanted if there.get(key) != wanted[key]]
-        if changed and job.annotations.is_relative_to(job.work):
+        if changed and not job.keep:
             shutil.rmtree(job.work)  # what a build of something else left when it was killed
         elif changed:
             raise console.UserError(
@@ -141,6 +146,12 @@ def stages(job: Job, tasks: int) -> list[Stage]:
     size = sum(entry["bytes"] for entry in annotate.read_plan(job.annotations)["inputs"])
     folder, work, config = str(job.annotations.resolve()), str(job.work.resolve()), job.profile.dedup
     place: dict[str, Any] = {"folder": folder, "work": work}
+    several = min(MOST_TASKS, 1 + size // WORTH_A_PROCESS)
+    buckets: dict[str, Any] = {
+        "signatures_folder": f"{work}/signatures",
+        "buckets_folder": f"{work}/buckets",
+        "config": config,
+    }
     verify: dict[str, Any] = {
         "buckets_folder": f"{work}/buckets",
         "texts": f"{folder}/annotations",
@@ -157,8 +168,8 @@ def stages(job: Job, tasks: int) -> list[Stage]:
     return [
         ("annotate", [functools.partial(annotate.annotate, folder=folder)], tasks),
         ("select", [functools.partial(select.select, **place, profile=job.profile)], tasks),
-        ("buckets", [dedup.bucket_step(config, f"{work}/signatures", f"{work}/buckets")], config.bands),
-        ("verify", [functools.partial(dedup.verify, **verify)], 1 + size // WORTH_A_PROCESS),
+        ("buckets", [functools.partial(dedup.buckets, **buckets)], min(config.bands, several)),
+        ("verify", [functools.partial(dedup.verify, **verify)], several),
         ("cluster", [dedup.cluster_step(config, f"{work}/verified", f"{work}/removed")], 1),
         (
             "write",
@@ -172,8 +183,14 @@ def stages(job: Job, tasks: int) -> list[Stage]:
     ]
 
 
-def silent(data: Any, rank: int, world_size: int) -> None:
-    """First step on this machine: a process that unpickles it imports this module, which stills datatrove's log."""
+def begin(data: Any, rank: int, world_size: int, *, progress: str) -> None:
+    """First step of a task on this machine: leave this process's id in the folder `progress`, for `watched`.
+
+    A process that unpickles it imports this module, which stills datatrove's log.
+    """
+    del data, world_size
+    follow_parent()
+    Path(progress, f"{rank:05d}").write_text(f"{os.getpid()} 0")
 
 
 def run(job: Job, last: str = "write") -> None:
@@ -185,6 +202,8 @@ def run(job: Job, last: str = "write") -> None:
     todo = todo[: [name for name, _, _ in todo].index(last) + 1]
     workers = job.workers or cores()
     die_together()
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # the buckets stage opens a file a task
     if job.executor == "ray":
         try:
             import ray
@@ -206,8 +225,9 @@ def run(job: Job, last: str = "write") -> None:
 
             # A process costs a second of imports: what is small is done in this one.
             most = workers if name == "annotate" else 1 + stored(job.annotations / "annotations") // WORTH_A_PROCESS
+            first = functools.partial(begin, progress=str((job.annotations / "progress").resolve()))
             executor = LocalPipelineExecutor(
-                [silent, *steps], tasks=number, workers=min(workers, number, most), logging_dir=str(logs)
+                [first, *steps], tasks=number, workers=min(workers, number, most), logging_dir=str(logs)
             )
         if executor.get_incomplete_ranks():
             with watched(job, name, number, logs):
@@ -215,11 +235,6 @@ def run(job: Job, last: str = "write") -> None:
         if missing := executor.get_incomplete_ranks():  # Ray's executor only logs what failed
             where = logs / "logs" / f"task_{missing[0]:05d}.log"
             raise console.UserError(f"{name}: {len(missing)} of {number} tasks failed: see {where}, then run again")
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def logs_of(job: Job, name: str) -> Path:
@@ -243,18 +258,16 @@ def watched(job: Job, name: str, number: int, logs: Path) -> Iterator[None]:
     in_bytes = name == "annotate" and sum(spans) > 0
     over = threading.Event()
 
-    def look() -> int:
+    def look(live: bool) -> int:
         finished = [int(path.name) for path in (logs / "completions").glob("[0-9]*")]
-        if not in_bytes:
-            return len(finished)
-        done = sum(spans[rank] for rank in finished)
+        done = sum(spans[rank] for rank in finished) if in_bytes else len(finished)
         for path in (job.annotations / "progress").glob("[0-9]*"):
             with contextlib.suppress(OSError, ValueError):
                 pid, at = path.read_text().split()
                 if int(path.name) not in finished:
                     done += int(at)
-                    if job.executor == "local" and not alive(int(pid)):
-                        lost(int(path.name), name, logs)
+                    if live and job.executor == "local" and not alive(int(pid)):
+                        lost(int(path.name), name, logs, over)
         return done
 
     def watch() -> None:
@@ -262,7 +275,7 @@ def watched(job: Job, name: str, number: int, logs: Path) -> Iterator[None]:
         with progress(name, sum(spans) if in_bytes else number, "bytes" if in_bytes else "tasks") as advance:
             while True:
                 ended = over.wait(WATCH)
-                now = look()
+                now = look(live=not ended)
                 advance(max(0, now - seen))
                 seen = max(seen, now)
                 if ended:
@@ -290,10 +303,9 @@ def alive(pid: int) -> bool:
     return True
 
 
-def lost(rank: int, name: str, logs: Path) -> None:
-    """End this process because the one that ran task `rank` is gone, unless the task is done after all."""
-    time.sleep(1.0)
-    if not (logs / "completions" / f"{rank:05d}").exists():
+def lost(rank: int, name: str, logs: Path, over: threading.Event) -> None:
+    """End this process because the one that ran task `rank` is gone, unless task or stage are done after all."""
+    if not over.wait(5.0) and not (logs / "completions" / f"{rank:05d}").exists():
         say(
             f"error: {name}: the process of task {rank} was killed (out of memory?): run the same command again, "
             "with fewer --workers if memory was short; finished tasks are kept"
@@ -316,8 +328,20 @@ def locked(work: Path) -> Iterator[None]:
 
 
 @functools.cache
+def follow_parent() -> None:
+    """In a pool's process: end with the build. The server that forked it waits for its children instead."""
+    if (parent := multiprocess.parent_process()) is not None:
+
+        def follow() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=follow, name="follow-parent", daemon=True).start()
+
+
+@functools.cache
 def die_together() -> None:
-    """Let what this process forks end with it: datatrove's manager process would outlive a killed build (Linux)."""
+    """Let the kernel end what this process forks together with it (Linux): datatrove's manager process."""
     if sys.platform == "linux":
         prctl = ctypes.CDLL(None).prctl
         os.register_at_fork(after_in_child=lambda: prctl(1, signal.SIGKILL))  # 1: PR_SET_PDEATHSIG

@@ -1,7 +1,6 @@
 """`python -m data decide`: one JSON line a document, what the pipeline would do with it and why."""
 
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -43,11 +42,10 @@ def main(argv: list[str]) -> int:
     """`python -m data decide`: the decisions on stdout, progress on stderr."""
     from data import crawl, profiles
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(console.EXIT_TERMINATED))
     config = console.parse(DecideConfig, profiles.spell_thresholds(argv), "python -m data decide")
     chosen = profiles.choose(config.profile, config.source)
     profile = profiles.with_thresholds(chosen or profiles.Profile("none", language="", privacy=()), config.thresholds)
-    with tempfile.TemporaryDirectory(prefix="decide-") as scratch:
+    with console.terminable(), tempfile.TemporaryDirectory(prefix="decide-") as scratch:
         job = crawl.Job(
             config.source,
             profile,

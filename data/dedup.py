@@ -1,6 +1,6 @@
 """Near-duplicates: Rensa signatures for datatrove's bucket and cluster stages, with an exact check in between.
 
-`write_signatures` (every task of the corpus) -> `bucket_step` (one task a band) -> `verify` (any number of tasks) ->
+`write_signatures` (every task of the corpus) -> `buckets` (up to one task a band) -> `verify` (any number of tasks) ->
 `cluster_step` (one task) -> `removed` (every task again). Documents are named (file, row): the task that read them and
 their row in its annotations. The earliest of some duplicates is the one that survives.
 """
@@ -96,17 +96,33 @@ def write_signatures(folder: Path | str, rank: int, signatures: np.ndarray, rows
         records = records[np.lexsort(records.T[::-1])]
         path = Path(folder) / f"bucket_{band:03d}" / f"{rank:05d}.minhash.sig"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, records.tobytes())
+        part = path.with_suffix(".part")
+        records.tofile(part)  # not flushed to the disk: twenty files a task, which a power cut would only make anew
+        part.replace(path)
 
 
-def bucket_step(config: Dedup, signatures_folder: Path | str, buckets_folder: Path | str) -> Any:
-    """datatrove's stage that joins documents with an equal band; as many tasks as bands, or a multiple of it."""
+def buckets(
+    data: object,
+    rank: int,
+    world_size: int,
+    *,
+    signatures_folder: Path | str,
+    buckets_folder: Path | str,
+    config: Dedup,
+) -> None:
+    """datatrove's stage that joins documents with an equal band, as a step for up to as many tasks as bands.
+
+    Its own tasks are one a band, which for small corpora takes longer to start than to run.
+    """
     from datatrove.pipeline.dedup import MinhashDedupBuckets
 
-    # Its default of 5 records a read is meant for thousands of remote files.
-    return MinhashDedupBuckets(
-        str(signatures_folder), str(buckets_folder), config=datatrove_config(config), lines_to_buffer=256
-    )
+    del data
+    for band in range(rank, config.bands, world_size):
+        # Its default of 5 records a read is meant for thousands of remote files.
+        step = MinhashDedupBuckets(
+            str(signatures_folder), str(buckets_folder), config=datatrove_config(config), lines_to_buffer=256
+        )
+        step.run(None, band, config.bands)
 
 
 def cluster_step(config: Dedup, verified_folder: Path | str, removed_folder: Path | str) -> Any:

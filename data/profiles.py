@@ -283,14 +283,19 @@ def with_thresholds(profile: Profile, changes: Mapping[str, float] | Iterable[st
 
 
 def spell_thresholds(argv: Sequence[str]) -> list[str]:
-    """`--max_sentence_length.max 250`, also with =, as one `--thresholds max_sentence_length.max=250` at the end."""
+    """`--max_sentence_length.max 250`, also with =, as one `--thresholds max_sentence_length.max=250` at the end.
+
+    Raises UserError for a bound without a number.
+    """
     rest, spelled, left = [], [], list(argv)
     while left:
         flag = left.pop(0)
         if found := THRESHOLD.fullmatch(flag):
             statistic, bound, value = found.groups()
             if value is None:
-                value = left.pop(0) if left else ""
+                if not left or left[0].startswith("--"):
+                    raise UserError(f"{flag}: give a number, such as {flag} 0.5")
+                value = left.pop(0)
             spelled.append(f"{statistic.replace('-', '_')}.{bound}={value}")
         elif flag == "--thresholds":
             while left and not left[0].startswith("--"):

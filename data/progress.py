@@ -1,11 +1,17 @@
 """Progress of the data stages on stderr: a bar with rate and ETA on a terminal, else a plain line now and then."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 LINE_EVERY = 10.0  # seconds between lines where stderr is no terminal
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def say(line: str) -> None:

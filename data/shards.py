@@ -1,6 +1,7 @@
 """Token shards on disk: written atomically, checked before use, opened as memory maps. The format is in `load`."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -203,7 +204,12 @@ def part_folder(out: Path) -> Iterator[Path]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             yield part
-            part.rename(out)
+            try:
+                part.rename(out)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+                raise UserError(f"--out {out}: another build finished there meanwhile: choose another --out") from None
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise

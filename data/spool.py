@@ -16,12 +16,18 @@ DOCUMENTS_FILE_BYTES = 1_000_000_000  # text per documents-*.parquet
 
 
 def spool(
-    folder: Path, streams: list[Iterator[sources.Document]], total: int | None, normalize: str, val_fraction: float
+    folder: Path,
+    source: str,
+    streams: list[Iterator[sources.Document]],
+    total: int | None,
+    normalize: str,
+    val_fraction: float,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, int]]]:
     """Write the documents of `streams`, one after another, into documents-*.parquet of `folder`.
 
     Returns counts by split, the files written, and of each stream its `documents` and `train_bytes`. `total` is how
-    many documents are to come, if that is known. Raises UserError for a document that is no Unicode text, and for none.
+    many documents are to come, if that is known, and `source` says where from. Raises UserError for a document that is
+    no Unicode text, and for none at all.
     """
     counts: dict[str, Any] = {s: {"documents": 0, "bytes": 0, "characters": 0} for s in ("train", "val")}
     counts["blank"] = 0
@@ -66,7 +72,7 @@ def spool(
             write(rows, rows_bytes)
     if not files:
         what = f"{counts['blank']} blank documents and nothing else" if counts["blank"] else "no document"
-        raise UserError(f"empty corpus: {what}")
+        raise UserError(f"{source}: empty corpus, {what}")
     for split, other, change in (("val", "train", "raise"), ("train", "val", "lower")):
         if not counts[split]["documents"]:
             raise UserError(

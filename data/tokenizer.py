@@ -7,6 +7,7 @@ literal "<0x41>" the byte; so tokenizer.json is built here, and `probe` compares
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from console import UserError
 from data.shards import BOS, EOS, UNK
 
 WORD_START = "\u2581"  # SentencePiece writes a space so; a literal one in a text could not be told from it
+FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 LINE_CHARACTERS = 4_000  # at most 16,000 bytes: SentencePiece drops longer training lines
 PROBES = [
     "お問い合わせの件、6月12日(水)14:00までにご返信ください。",
@@ -123,6 +125,19 @@ def write_folder(model: bytes, folder: Path) -> None:
     }
     for name, value in (("tokenizer_config", config), ("special_tokens_map", tokens)):
         (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_folder(source: Path, folder: Path) -> bytes:
+    """A tokenizer that `write_folder` or `data extend` made, as it is; returns its tokenizer.model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*FILES, "new_pieces.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+        elif name in FILES:
+            raise UserError(
+                f"{source / name} is missing: give a folder made by `python -m data build` or `data extend`"
+            )
+    return (folder / "tokenizer.model").read_bytes()
 
 
 def load(folder: Path) -> Any:

@@ -32,6 +32,10 @@ NEWLINES = re.compile(rb"[\r\n]*")
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 LENGTH = re.compile(rb"(?im)^content-length:[ \t]*(\d{1,15})[ \t]*\r?$")
 URL = re.compile(rb"(?im)^warc-target-uri:[ \t]*<?([^\s>]{1,4096})")
+TYPE = re.compile(rb"(?im)^warc-type:[ \t]*[a-z]+[ \t]*\r?$")
+# Names of headers are the same in any case (RFC 2822), but FastWARC knows one spelling.
+NAMES = {name.lower(): name for name in (b"WARC-Type", b"WARC-Target-URI", b"WARC-Block-Digest", b"Content-Type")}
+NAME = re.compile(rb"(?im)^(" + b"|".join(NAMES) + rb")(?=:)")
 CHUNK = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]{0,1000})?\r?\n")
 SNIFF = re.compile(rb"(?i)<(?:html|!doctype\s+html)[\s>]")
 CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # ESC is text: ISO-2022-JP
@@ -69,11 +73,10 @@ def pages(
     """
     with filesystem.open(path, "rb") as file:
         stored = Stored(file)
-        magic = stored.at(0, 5)
-        if not magic and begin == 0:
+        if begin == 0 and not stored.at(0, 1):
             counts.update(("records", "unreadable"))
             yield Page(f"{name}:0", "", b"", "", "html", "cut_short")
-        elif magic == b"WARC/" or (magic[:2] != GZIP[:2] and not path.endswith(".gz")):
+        elif is_plain(stored, path):
             # The bytes before `begin` may hold the blank line that tells a record's start from page content.
             text = Text(stored, max(0, begin - 3), plain=True)
             while text.offset < begin and text.advance(None):
@@ -81,6 +84,14 @@ def pages(
             yield from read_text(text, name, 0, end, counts)
         else:
             yield from read_members(stored, name, begin, end, counts)
+
+
+def is_plain(stored: "Stored", path: str) -> bool:
+    """Whether the file is not compressed, whatever its name says; a stray line may stand before the first member."""
+    magic = stored.at(0, 5)
+    if path.endswith(".gz"):
+        return magic == b"WARC/" and find_member(stored, 1, STORED_BLOCK) == STORED_BLOCK
+    return magic[:2] != GZIP[:2]
 
 
 def read_members(stored: "Stored", name: str, begin: int, end: int, counts: collections.Counter[str]) -> Iterator[Page]:
@@ -201,7 +212,10 @@ def read_record(
 ) -> Page | None:
     """The page in a record, or None if its type is none of ours; `reason` is what went wrong up to here."""
     counts["records"] += 1
+    head = NAME.sub(lambda found: NAMES[found[0].lower()], head)
     try:
+        if not TYPE.search(head):
+            raise OSError("no type")
         record = WarcRecord.from_reader(io.BytesIO(head + content), quirks_mode=True)
     except OSError:
         counts["unreadable"] += 1

@@ -192,7 +192,7 @@ def read_fragment(path: Path) -> Fragment:
             continue
         kind = record.WhichOneof("record_type")
         if kind == "history":
-            row, table = len(part.steps), ""
+            row, tables = len(part.steps), []
             step = record.history.step.num
             for item in record.history.item:
                 nested = item.nested_key
@@ -200,7 +200,7 @@ def read_fragment(path: Path) -> Fragment:
                 key = nested[0] if depth else item.key
                 if depth > 1:
                     if nested[-1] == "_type" and item.value_json == '"table-file"':
-                        table = key
+                        tables.append(key)
                     key = ".".join(nested)
                 if key == "_step":
                     step = int(float(item.value_json))
@@ -210,7 +210,7 @@ def read_fragment(path: Path) -> Fragment:
                     column[0].append(row)
                     column[1].append(item.value_json)
             part.steps.append(step)
-            if table:
+            for table in tables:
                 keep_table(part, table)
         elif kind == "summary":
             # Each record brings only what changed, so all are looked at; their JSON is parsed once, at the end.

@@ -74,8 +74,11 @@ def run_stages(work: Path, config: Dedup, workers: int = 1, verify_tasks: int = 
         verified_folder=work / "verified",
         config=config,
     )
+    join = functools.partial(
+        dedup.buckets, signatures_folder=work / "signatures", buckets_folder=work / "buckets", config=config
+    )
     stages = [
-        ("buckets", dedup.bucket_step(config, work / "signatures", work / "buckets"), config.bands),
+        ("buckets", join, min(3, config.bands)),
         ("verify", check, verify_tasks),
         ("cluster", dedup.cluster_step(config, work / "verified", work / "removed"), 1),
     ]
