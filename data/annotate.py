@@ -186,13 +186,13 @@ def annotate(data: Any, rank: int, world_size: int, *, folder: str) -> None:
     held = number = 0
     part = home / f".{rank:05d}.{os.getpid()}.part"
     with part.open("wb") as file, pq.ParquetWriter(file, columns, compression="zstd") as writer:
-        stream = extracted(pages(plan, task, counts), early, meter)
+        stream = extracted(pages(plan, task, counts), None if plan["whole"] else early, meter)
         while batch := list(filled(stream)):
             number += len(batch)
             for row in batch:
-                identify(row, early, meter)
+                identify(row, meter)
             for row in batch:
-                measure(row, early, lists, meter)
+                measure(row, early, lists, plan["whole"], meter)
                 rows.append(row)
                 held += len(row["text"] or "")
                 if held >= GROUP_CHARACTERS or len(rows) >= GROUP_ROWS:
@@ -276,37 +276,42 @@ def extracted(pages: Iterable[warc.Page], early: profiles.Profile | None, meter:
         yield row
 
 
-def identify(row: dict[str, Any], early: profiles.Profile | None, meter: "Meter") -> None:
-    """Add the language of the row's text; with `early` a text in another one is let go."""
+def identify(row: dict[str, Any], meter: "Meter") -> None:
+    """Add the language of the row's text."""
     if row["text"] is None:
         return
     text = row["text"]
     row["lang"], row["lang_probability"] = language.identify(text)
     row["kana"], row["japanese_fraction"] = float(kana(text)), language.japanese_fraction(text)
-    if early and not early.speaks(row["lang"], row["lang_probability"], row["japanese_fraction"], row["kana"]):
-        row["text"] = None
     meter.lap("language", len(text))
 
 
 def measure(
-    row: dict[str, Any], early: profiles.Profile | None, lists: dict[str, words.WordList], meter: "Meter"
+    row: dict[str, Any],
+    early: profiles.Profile | None,
+    lists: dict[str, words.WordList],
+    whole: bool,
+    meter: "Meter",
 ) -> None:
     """Add the statistics of the row's text.
 
-    With `early` the first rule that rejects it ends its measurement, and only an excerpt is kept.
+    With `early` they end at the first rule that rejects it; unless `whole`, little is kept of its text then.
     """
     text = row["text"]
-    if text is None or (not early and row["lang"] != "ja" and row["japanese_fraction"] < PLAUSIBLE):
+    if text is None:
+        return
+    if early and not early.speaks(row["lang"], row["lang_probability"], row["japanese_fraction"], row["kana"]):
+        row["text"] = text if whole else None
+        return
+    if not early and row["lang"] != "ja" and row["japanese_fraction"] < PLAUSIBLE:
         return
     row |= quality.cheap(text) | words.statistics(text, lists)
     if not early:
         row |= quality.repetition(text)
-    elif profiles.judge(early, row):
-        row["text"] = text[:EXCERPT]
-    elif early.asked:
+    elif not profiles.judge(early, row) and early.asked:
         row |= quality.repetition(text, early.asked)
-        if profiles.judge(early, row):
-            row["text"] = text[:EXCERPT]
+    if early and not whole and profiles.judge(early, row):
+        row["text"] = text[:EXCERPT]
     meter.lap("quality", len(text))
 
 

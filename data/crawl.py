@@ -58,6 +58,7 @@ class Job:
     annotations: Path
     work: Path
     keep: bool  # annotate everything, so that the annotations serve other thresholds too
+    whole: bool = False  # keep the text of what is dropped, too
     text_key: str = "text"
     id_key: str = "id"
     documents: int = 20_000
@@ -88,6 +89,7 @@ def plan(job: Job) -> dict[str, Any]:
         "extractor": extract.EXTRACTOR,
         "words": {name: str(path) for name, path in job.profile.words.items()},
         "words_sha256": {name: digest(path) for name, path in job.profile.words.items()},
+        "whole": job.whole or job.keep,
         "early": None if job.keep else profiles.describe(job.profile),
     }
 
