@@ -27,7 +27,7 @@ WARM_UP = 12  # pages through both before the first round: imports, models, dict
 ROUNDS = 3
 PART_SECONDS = 9.0  # of the peer, for each part
 LIMIT = 300.0  # records/s per core that a crawl must reach to be worth its machines
-PROFILES = ("web_fineweb2_ja", "web_swallow_v1")  # the first has the peer's rules
+PROFILES = ("web_fineweb2_ja", "web_swallow_v1", "domain")  # the first has the peer's rules, the last keeps most
 LANGUAGE = "jpn_Jpan"
 # FineWeb-2's settings for Japanese: github.com/huggingface/fineweb-2, configs/jpn_Jpan.yml and fineweb-2-pipeline.py.
 LANGUAGE_SCORE = 0.886
