@@ -126,8 +126,8 @@ def bench_training(folder: Path) -> list[dict[str, Any]]:
     """Tokens/s of one pull against transformers' Llama, and its model FLOPs against the matmul rate; all cores."""
     entries = []
     for name, size in SIZES.items():
-        kept = {"documents": 4000, "vocab_size": size[0], "baseline_tokens": 0}
-        config = build.BuildConfig("inquiries", out=folder / name, **kept)
+        out = folder / name
+        config = build.BuildConfig("inquiries", out=out, documents=4000, vocab_size=size[0], baseline_tokens=0)
         with contextlib.redirect_stderr(io.StringIO()):
             manifest = build.build(config)
         stream = TokenStream(config.out, manifest, "train", SEQ_LEN)

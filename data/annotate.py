@@ -27,7 +27,6 @@ GROUP_ROWS = 2_000
 BATCH = 32  # pages that pass a step before the next step begins: the language model then stays in the cache
 EXCERPT = 500  # characters kept of a page that the early exit dropped, for the tables of examples
 PLAUSIBLE = 0.1  # share of Japanese characters from which a page is measured whatever fastText calls it
-MIN_KANA = 10  # fewer kana than this is no Japanese text; asked of the HTML first, which spares its extraction
 HEARTBEAT = 1.0  # seconds between two signs of life of a task
 STEPS = ("read", "extract", "language", "quality")
 SLICE_BYTES, SLICES = 4_000_000, 1024
@@ -253,14 +252,14 @@ def filled(stream: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def extracted(pages: Iterable[warc.Page], early: profiles.Profile | None, meter: "Meter") -> Iterator[dict[str, Any]]:
     """A row for each page: its text, or the reason why there is none.
 
-    With `early` a page of hardly any kana is none of a Japanese profile's, and is not extracted.
+    With `early` a page of fewer kana than a Japanese profile asks for is not extracted: its text cannot have more.
     """
     for page in pages:
         row: dict[str, Any] = {"id": page.id, "url": page.url, "reason": page.reason, "text": None, "characters": 0}
         meter.lap("read")
         if page.kind == "html" and not page.reason:
             html, row["encoding"] = extract.decode(page.body, page.charset)
-            if early and early.language == "ja" and kana(html) < MIN_KANA:
+            if early and early.language == "ja" and language.kana(html) < early.min_kana:
                 row |= {"reason": "language", "lang": "und"}
             else:
                 try:
@@ -282,7 +281,7 @@ def identify(row: dict[str, Any], meter: "Meter") -> None:
         return
     text = row["text"]
     row["lang"], row["lang_probability"] = language.identify(text)
-    row["kana"], row["japanese_fraction"] = float(kana(text)), language.japanese_fraction(text)
+    row["kana"], row["japanese_fraction"] = float(language.kana(text)), language.japanese_fraction(text)
     meter.lap("language", len(text))
 
 
@@ -313,12 +312,6 @@ def measure(
     if early and not whole and profiles.judge(early, row):
         row["text"] = text[:EXCERPT]
     meter.lap("quality", len(text))
-
-
-def kana(text: str) -> int:
-    """Hiragana and katakana letters in `text`."""
-    codes = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
-    return int(np.count_nonzero((codes >= 0x3041) & (codes <= 0x30FA) & ((codes <= 0x3096) | (codes >= 0x30A1))))
 
 
 def offset(name: str) -> int:

@@ -2,9 +2,7 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
-import math
 import os
 import shutil
 import time
@@ -18,8 +16,8 @@ import numpy as np
 import console
 import tracking
 from console import UserError
-from data import mix, ngram, page, shards, sources, spool, tokenizer
-from data.progress import cores, progress, say
+from data import encode, mix, ngram, page, shards, sources, spool, tokenizer
+from data.progress import say
 
 PROBED_DOCUMENTS = 200
 # Flags that say where and by whom a build is made, not what it holds.
@@ -167,7 +165,8 @@ def shard(
         counts, files, sizes = spool.spool(part, named, streams, expected, config.normalize, config.val_fraction)
         repeats = mix.plan(parts, [size["train_bytes"] for size in sizes])
         if config.tokenizer is None:
-            sample = training_sample(config, part, files, counts["train"]["bytes"])
+            train_bytes = counts["train"]["bytes"]
+            sample = encode.training_sample(part, files, train_bytes, config.tokenizer_bytes, config.val_fraction)
             model = tokenizer.train(sample, config.model_type, config.vocab_size, config.max_piece_length)
             say(f"tokenizer trained, {time.perf_counter() - begun:.1f} s so far")
             tokenizer.write_folder(model, part / "tokenizer")
@@ -199,7 +198,8 @@ def shard(
         with tokens_path.open("wb") as file:
             np.save(file, tokenizer.token_bytes(processor), allow_pickle=False)
         bounds = [size["documents"] for size in sizes]
-        written = encode(config, part, files, processor, manifest["dtype"], bounds, repeats)
+        limits = (config.shard_tokens, config.val_fraction)
+        written = encode.encode(part, files, processor, manifest["dtype"], *limits, bounds, repeats)
         manifest["splits"] = {
             split: counts[split]
             | {key: sum(shard[key] for shard in written[split]) for key in ("documents", "bytes")}
@@ -446,61 +446,3 @@ def already(config: BuildConfig, identity: dict[str, Any]) -> dict[str, Any] | N
     if changed:
         raise UserError(f"--out {config.out} holds another build ({'; '.join(changed)}): delete it or choose another")
     return manifest
-
-
-def training_sample(config: BuildConfig, part: Path, files: list[dict[str, Any]], train_bytes: int) -> Iterator[str]:
-    """Training texts of about `tokenizer_bytes` bytes (all, if they are fewer), chosen by hash: the same whatever
-    their order, and spread over the whole corpus."""
-    ceiling = config.val_fraction + (1 - config.val_fraction) * min(1.0, config.tokenizer_bytes / train_bytes)
-    left = config.tokenizer_bytes
-    with progress("tokenizer", min(train_bytes, config.tokenizer_bytes), "bytes") as advance:
-        for group in spool.spooled(part, files):
-            for split, text, _ in group:
-                raw = text.encode()
-                if left <= 0:
-                    return
-                if split == "train" and spool.share(raw) <= ceiling:
-                    left -= len(raw)
-                    advance(len(raw))
-                    yield text
-
-
-def encode(
-    config: BuildConfig,
-    part: Path,
-    files: list[dict[str, Any]],
-    processor: Any,
-    dtype: str,
-    bounds: list[int],
-    repeats: list[float],
-) -> dict[str, list[dict[str, Any]]]:
-    """Write the shards of both splits, in the source's order, with SentencePiece on all cores.
-
-    `bounds` says how many documents each part of a mix has, `repeats` how often its training documents go in. Copies
-    come after all documents were written once, then again, so that no context window sees a document twice.
-    """
-    writers = {split: shards.Writer(part, split, dtype, config.shard_tokens) for split in ("train", "val")}
-    begun, tokens, passes = time.perf_counter(), 0, max(1, *(math.ceil(repeat) for repeat in repeats))
-    with progress("encoding", sum(bounds) * passes, "documents") as advance:
-        for number in range(passes):
-            owner = itertools.chain.from_iterable(itertools.repeat(*pair) for pair in zip(repeats, bounds, strict=True))
-            for group in spool.spooled(part, files):
-                chosen = [
-                    (split, text)
-                    for (split, text, _), repeat in zip(group, owner, strict=False)
-                    if number < copies(split, text, repeat, config.val_fraction)
-                ]
-                encoded = processor.encode([text for _, text in chosen], num_threads=cores())
-                for (split, text), ids in zip(chosen, encoded, strict=True):
-                    writers[split].add(ids, len(text.encode()))
-                    tokens += len(ids) + 2
-                advance(len(group))
-    say(f"encoded {tokens:,} tokens at {tokens / (time.perf_counter() - begun):,.0f} tokens/s")
-    return {split: writer.close() for split, writer in writers.items()}
-
-
-def copies(split: str, text: str, repeats: float, val_fraction: float) -> int:
-    """How often a document goes into the shards: validation documents once, others as the mix says."""
-    if split == "val" or repeats == 1:
-        return 1
-    return mix.copies(repeats, (spool.share(text.encode()) - val_fraction) / (1 - val_fraction))

@@ -18,7 +18,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -125,7 +126,7 @@ def prepare(job: Job) -> int:
     return len(wanted["tasks"])
 
 
-FOLDERS = ("decisions", "signatures", "buckets", "verified", "removed", "documents", "logs")
+FOLDERS = ("decisions", "signatures", "buckets", "verified", "removed", "seconds", "documents", "logs")
 
 
 def renew(job: Job) -> None:
@@ -142,7 +143,7 @@ def renew(job: Job) -> None:
 
 
 def stages(job: Job, tasks: int) -> list[Stage]:
-    """The stages in order: name, steps, number of tasks."""
+    """The stages in order: name, steps, number of tasks. Of a small source one task finds the near-duplicates."""
     from datatrove.pipeline.dedup import MinhashDedupFilter
 
     size = sum(entry["bytes"] for entry in annotate.read_plan(job.annotations)["inputs"])
@@ -161,6 +162,13 @@ def stages(job: Job, tasks: int) -> list[Stage]:
         "verified_folder": f"{work}/verified",
         "config": config,
     }
+    cluster = dedup.cluster_step(config, f"{work}/verified", f"{work}/removed")
+    clock = functools.partial(functools.partial, clocked, ledger=f"{work}/seconds")
+    near: list[Stage] = [
+        ("buckets", [clock(step=functools.partial(dedup.buckets, **buckets))], min(config.bands, several)),
+        ("verify", [clock(step=functools.partial(dedup.verify, **verify))], several),
+        ("cluster", [clock(step=cluster)], 1),
+    ]
     write: dict[str, Any] = {
         "work": work,
         "profile": job.profile,
@@ -170,9 +178,7 @@ def stages(job: Job, tasks: int) -> list[Stage]:
     return [
         ("annotate", [functools.partial(annotate.annotate, folder=folder)], tasks),
         ("select", [functools.partial(select.select, **place, profile=job.profile)], tasks),
-        ("buckets", [functools.partial(dedup.buckets, **buckets)], min(config.bands, several)),
-        ("verify", [functools.partial(dedup.verify, **verify)], several),
-        ("cluster", [dedup.cluster_step(config, f"{work}/verified", f"{work}/removed")], 1),
+        *(near if several > 1 else [("cluster", [step for _, steps, _ in near for step in steps], 1)]),
         (
             "write",
             [
@@ -193,6 +199,14 @@ def begin(data: Any, rank: int, world_size: int, *, progress: str) -> None:
     del data, world_size
     follow_parent()
     Path(progress, f"{rank:05d}").write_text(f"{os.getpid()} 0")
+
+
+def clocked(data: Any, rank: int, world_size: int, *, step: Callable[..., None], ledger: str) -> None:
+    """`step`, with its CPU seconds left in the folder `ledger`."""
+    begun = time.process_time()
+    step(data, rank, world_size)
+    name = getattr(step, "func", type(step)).__name__
+    Path(ledger, f"{name}-{rank:05d}").write_text(f"{time.process_time() - begun:.4f}")
 
 
 def run(job: Job, last: str = "write") -> None:

@@ -32,7 +32,8 @@ def record(job: crawl.Job) -> dict[str, Any]:
         reasons[name][1] += characters
     count = total(one["count"] for one in written)
     seconds: dict[str, float] = dict(total(one["seconds"] for one in [*read, *chosen, *written]))
-    seconds["dedup"] = seconds.get("dedup", 0.0) + cpu_of_dedup(job)
+    seconds["dedup"] = seconds.get("dedup", 0.0)
+    seconds["dedup"] += sum(float(path.read_text()) for path in (job.work / "seconds").iterdir())
     reasons["dedup"] = [
         reasons[""][0] - count["unique"],
         sum(one["characters"] for one in chosen) - count["unique_characters"],
@@ -106,16 +107,6 @@ def funnel(reasons: dict[str, list[int]], count: dict[str, int], seconds: dict[s
         rows.append(("contamination", count["documents"] - gone[0][0], count["characters"] - gone[0][1]))
     names = ("step", "documents", "characters")
     return [dict(zip(names, row, strict=True)) | {"seconds": round(seconds.get(row[0], 0.0), 3)} for row in rows]
-
-
-def cpu_of_dedup(job: crawl.Job) -> float:
-    """CPU seconds of the near-duplicate stages, as datatrove's own statistics have them."""
-    seconds = 0.0
-    for name in ("buckets", "verify", "cluster"):
-        for path in (job.work / "logs" / name / "stats").glob("*.json"):
-            for step in json.loads(path.read_bytes()):
-                seconds += step.get("time_stats", {}).get("total", 0.0)
-    return seconds
 
 
 def examples(chosen: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -15,7 +15,6 @@ LID_CHARACTERS = 3_000  # of the text: 1,000 lose a percent of recall, all of it
 SURE = 0.9  # below it the script decides whether a text is Japanese: manuals full of code confuse the model
 JAPANESE_SHARE, KANA_SHARE = 0.12, 0.03  # of the characters, for that; Chinese has the kanji and lacks the kana
 KANA_LETTERS = 0.1  # of the letters: no other language is written with kana, whatever the model is sure of
-KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa]")
 LETTER = re.compile(r"[^\W\d_]")
 SPACE = re.compile(r"\s+")
 
@@ -55,7 +54,7 @@ def identify(text: str) -> tuple[str, float]:
     first = next(iter(ranked), "und")
     if first == "ja" and ranked["ja"] >= SURE:
         return "ja", ranked["ja"]
-    written = len(KANA.findall(start))
+    written = kana(start)
     if written >= KANA_LETTERS * len(LETTER.findall(start)):
         return "ja", ranked.get("ja", 0.0) if first == "ja" else max(ranked.get("ja", 0.0), 0.5)
     if ranked.get(first, 0.0) < SURE and "ja" in ranked:
@@ -65,6 +64,12 @@ def identify(text: str) -> tuple[str, float]:
             del ranked["ja"]
             first = next(iter(ranked), "und")
     return first, ranked.get(first, 0.0)
+
+
+def kana(text: str) -> int:
+    """Hiragana and katakana letters in `text`, without the long vowel mark."""
+    codes = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
+    return int(np.count_nonzero((codes >= 0x3041) & (codes <= 0x30FA) & ((codes <= 0x3096) | (codes >= 0x30A1))))
 
 
 def japanese_fraction(text: str) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 
 from console import UserError
 from data import sources
+from data.duplicates import jaccard
 
 BASE = 0x9E3779B97F4A7C15  # odd, so that no character's weight vanishes modulo 2**64
 SPREAD = 0xD6E8FEB86659FD93  # carries the last character of a gram to the top bits, by which `sieve` is addressed
@@ -123,11 +124,9 @@ def bands(codes: np.ndarray) -> np.ndarray:
     return (rows * weights).sum(1) + np.arange(BANDS, dtype=np.uint64)
 
 
-def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """Jaccard similarity of the sets of character 5-grams of two folded texts."""
-    one, other = (np.unique(hashed(codes, FUZZY_NGRAM)) for codes in (a, b))
-    both = len(np.intersect1d(one, other, assume_unique=True))
-    return both / max(1, len(one) + len(other) - both)
+def similarity(a: np.ndarray, b: np.ndarray) -> float:
+    """Jaccard index of the sets of character 5-grams of two folded texts."""
+    return jaccard(*(np.unique(hashed(codes, FUZZY_NGRAM)) for codes in (a, b)))
 
 
 class Index:
@@ -290,7 +289,7 @@ class Index:
             run, run_at = longest_run(codes, item_codes, places, n)
             in_item = as_text(item_codes).find(as_text(codes[run_at : run_at + run]))
             window = codes[max(0, run_at - in_item) :][:length]
-        similar = jaccard(item_codes, window)
+        similar = similarity(item_codes, window)
         # A short passage has to be there as a whole (as OpenAI have it): half a sentence is everybody's.
         is_long = length >= rules.run
         if share >= (rules.overlap if is_long else 1.0):

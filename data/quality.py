@@ -11,6 +11,8 @@ import zlib
 
 import numpy as np
 
+from data.dedup import shingles
+
 CHEAP: tuple[str, ...] = (
     # Okazaki et al.
     "num_letters",
@@ -195,6 +197,15 @@ def wide_ngrams(text: str, asked: frozenset[str]) -> dict[str, float]:
     length = len(text)
     top = [n for n in TOP_WIDE if f"covered_by_top_{n}gram" in asked]
     repeated = [n for n in REPEATED_WIDE if f"covered_by_repeated_{n}gram" in asked]
+    if not top and len(repeated) == 1:  # one length: hashes are sorted in a third of the time
+        n = repeated[0]
+        hashes = shingles(text, n)
+        order = np.argsort(hashes, kind="stable")
+        same = np.zeros(len(order), bool)
+        same[1:] = hashes[order[1:]] == hashes[order[:-1]]
+        paired = same.copy()
+        paired[:-1] |= same[1:]
+        return {f"covered_by_repeated_{n}gram": repeats_from_left(order[paired], same[paired], n) * n / length}
     order, shared = sort_suffixes(code_points(dense), max(top + repeated))
     for n in top:
         found[f"covered_by_top_{n}gram"] = most(shared, n) * n / length if n <= len(dense) else 0.0
