@@ -52,6 +52,7 @@ NAMES = tuple(re.compile(rb"""%b\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""" % 
 PLAIN_NAME = re.compile(r"[\w-]+")
 MOST_NAMES, MOST_SUSPECTS = 50, 5_000
 LINK, TAG = re.compile(r"<a\b[^>]*>(.*?)</a>", re.DOTALL), re.compile(r"<[^>]*>")
+LISTS = ("table", "ul")
 BOXES = {"div", "ul", "ol", "dl", "table", "tr", "td", "p", "span", "a", "form", "header", "li", "details", "center"}
 BLANK_LINES = re.compile(r"\n\s*\n")
 
@@ -106,7 +107,7 @@ def drop_navigation(body: Any, raw: bytes) -> None:
     budget = TEXT_BUDGET * page
     suspects = body.query_selector_all(",".join(f"[class~='{name}' i],[id='{name}' i]" for name in named[:MOST_NAMES]))
     for element in suspects.values() if len(suspects) < MOST_SUSPECTS else []:
-        if element.tag not in BOXES or not any(map(named_navigation, names(element))):
+        if element.tag not in BOXES or (element.tag in LISTS and not any(map(named_navigation, names(element)))):
             continue
         size = len((element.text or "").strip())
         budget -= size
@@ -125,9 +126,10 @@ def mostly_links(element: Any, size: int) -> bool:
 
 
 def names(element: Any) -> list[str]:
-    """The class names and the id of an element; not a layout table's "menu", which in Texinfo lists the chapters."""
-    found = [*(element.class_name or "").split(), *filter(None, [element.id])]
-    return [name for name in found if name != "menu"] if element.tag in ("table", "ul") else found
+    """The class names and the id of a list or table; "menu" aside, by which Texinfo calls its list of chapters."""
+    return [
+        name for name in [*(element.class_name or "").lower().split(), (element.id or "").lower()] if name != "menu"
+    ]
 
 
 @functools.lru_cache(1 << 14)
