@@ -417,7 +417,7 @@ def main() -> int:
         source, label = config.warc or folder / "made.warc.gz", config.warc.name if config.warc else "of made pages"
         if not config.warc:
             write_crawl(source, PAGES, seed=0)
-        entries = bench_pipeline(source, folder, label) + bench_parts(folder / "sample.warc.gz", label)
+        entries = bench_pipeline(source, folder, label) + bench_parts(folder / "whole.warc.gz", label)
     if config.json:
         print(json.dumps(entries, ensure_ascii=False))
         return 0
