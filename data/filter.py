@@ -35,7 +35,9 @@ def main(argv: list[str]) -> int:
     profile = profiles.with_thresholds(profiles.load(config.profile), config.thresholds)
     result = measure(config.annotations, profile)
     described = profiles.describe(profile)
-    given = {"profile": config.profile, **dict(change.split("=", 1) for change in config.thresholds)}
+    # As numbers and by the names that a sweep gives them, so that W&B can plot over them.
+    pairs = (change.split("=", 1) for change in config.thresholds)
+    given = {"profile": config.profile} | {name: float(value) for name, value in pairs}
     recipe = tracking.recipe_hash({"rules": described, "annotations": result["plan"]}, frozenset())
     tracker = tracking.start(
         "data",
