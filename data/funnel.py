@@ -2,10 +2,11 @@
 
 import collections
 import dataclasses
+import functools
 import heapq
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,20 @@ def record(job: crawl.Job) -> dict[str, Any]:
     were dropped. `examples`: by rule, the kept and dropped pages nearest to its threshold.
     """
     plan = annotate.read_plan(job.annotations)
-    read = list(ledgers(job.annotations / "annotations"))
-    chosen = list(ledgers(job.work / "decisions"))
-    written = list(ledgers(job.work / "documents"))
+    # Read again for each table: a snapshot has a ledger for each of 90,000 archives.
+    read, chosen, written = (
+        functools.partial(ledgers, folder)
+        for folder in (job.annotations / "annotations", job.work / "decisions", job.work / "documents")
+    )
     reasons: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for name, (documents, characters) in itertools.chain.from_iterable(one["reasons"].items() for one in chosen):
+    for name, (documents, characters) in itertools.chain.from_iterable(one["reasons"].items() for one in chosen()):
         reasons[name][0] += documents
         reasons[name][1] += characters
-    count = total(one["count"] for one in written)
-    seconds: dict[str, float] = dict(total(one["seconds"] for one in [*read, *chosen, *written]))
+    count = total(one["count"] for one in written())
+    seconds: dict[str, float] = dict(total(one["seconds"] for one in itertools.chain(read(), chosen(), written())))
     seconds["dedup"] = seconds.get("dedup", 0.0)
     seconds["dedup"] += sum(float(path.read_text()) for path in (job.work / "seconds").iterdir())
-    reasons["dedup"] = [
-        reasons[""][0] - count["unique"],
-        sum(one["characters"] for one in chosen) - count["unique_characters"],
-    ]
+    reasons["dedup"] = [reasons[""][0] - count["unique"], reasons[""][1] - count["unique_characters"]]
     hits = crawl.contaminated(job)
     if job.eval_sets:
         gone = list(hits.values()) if job.drop_contaminated else []
@@ -46,32 +46,33 @@ def record(job: crawl.Job) -> dict[str, Any]:
         "source": plan["source"],
         "extractor": plan["extractor"],
         "profile": profiles.describe(job.profile),
-        "records": records(read),
+        "records": records(read()),
         "funnel": funnel(reasons, count, seconds),
         "reasons": {
             name: {"step": select.step_of(name), "documents": found[0], "characters": found[1]}
             for name, found in sorted(reasons.items(), key=lambda item: (-item[1][0], item[0]))
             if name and found[0]
         },
-        "examples": examples(chosen),
+        "examples": examples(chosen()),
         "duplicates": twins(job),
         "masked_documents": count["masked"],
-        "masks": dict(total(one["masks"] for one in written)),
-        "mask_samples": [
-            [kind, shape]
-            for kind in privacy.KINDS
-            for shape in list(itertools.chain.from_iterable(one["samples"].get(kind, []) for one in written))[
-                : select.SAMPLES
-            ]
-        ],
+        "masks": dict(total(one["masks"] for one in written())),
+        "mask_samples": [[kind, shape] for kind in privacy.KINDS for shape in samples(written(), kind)],
         "contaminated_documents": len(hits),
         "contamination": [dataclasses.asdict(hit) for one in hits.values() for hit in one.hits][:HITS],
-        "hosts": hosts(chosen),
-        "files": files(read),
+        "hosts": hosts(chosen()),
+        "files": files(read()),
     }
 
 
-def records(read: list[dict[str, Any]]) -> dict[str, int]:
+def samples(written: Iterator[dict[str, Any]], kind: str) -> list[str]:
+    """The first masks of a kind, as their shapes."""
+    return list(
+        itertools.islice(itertools.chain.from_iterable(one["samples"].get(kind, []) for one in written), select.SAMPLES)
+    )
+
+
+def records(read: Iterable[dict[str, Any]]) -> dict[str, int]:
     """Records of the source by type."""
     return dict(sorted(total(one["records"] for one in read).items()))
 
@@ -109,14 +110,17 @@ def funnel(reasons: dict[str, list[int]], count: dict[str, int], seconds: dict[s
     return [dict(zip(names, row, strict=True)) | {"seconds": round(seconds.get(row[0], 0.0), 3)} for row in rows]
 
 
-def examples(chosen: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def examples(chosen: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Of each rule, the NEAREST of all tasks' examples on either side of each threshold."""
     by_rule: dict[str, dict[tuple[str, float], list[Any]]] = {}
     for one in chosen:
         for rule, found in one["examples"].items():
+            sides = by_rule.setdefault(rule, {})
             for side, value, threshold, name, text in found:
-                sides = by_rule.setdefault(rule, {})
-                sides.setdefault((side, threshold), []).append((abs(value - threshold), name, value, text))
+                near = sides.setdefault((side, threshold), [])
+                near.append((abs(value - threshold), name, value, text))
+                if len(near) > 100:
+                    near[:] = heapq.nsmallest(select.NEAREST, near)
     return {
         rule: [
             {"side": side, "value": value, "threshold": threshold, "id": name, "text": text}
@@ -129,16 +133,17 @@ def examples(chosen: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def twins(job: crawl.Job) -> dict[str, Any]:
     """How many documents were near-duplicates, and the pairs nearest to the threshold with their difference."""
-    pairs = sorted(dedup.pairs(job.work / "verified"), key=lambda pair: (pair[2], pair[:2]))
+    verified = job.work / "verified"
+    nearest = heapq.nsmallest(select.SAMPLES, dedup.pairs(verified), key=lambda pair: (pair[2], pair[:2]))
     shown = []
-    for kept, dropped, jaccard in pairs[: select.SAMPLES]:
+    for kept, dropped, jaccard in nearest:
         one, other = (read_row(job.annotations, *place) for place in (kept, dropped))
         texts = [privacy.mask(document["text"])[0] for document in (one, other)]
         difference = duplicates.difference(texts[0], texts[1], DIFFERENCE)
         shown.append(
             {"kept": one["id"], "dropped": other["id"], "jaccard": round(jaccard, 4), "difference": difference}
         )
-    return {"pairs": len(pairs), "examples": shown}
+    return {"pairs": sum(1 for _ in dedup.pairs(verified)), "examples": shown}
 
 
 def read_row(folder: Path, rank: int, row: int) -> dict[str, str]:
@@ -151,7 +156,7 @@ def read_row(folder: Path, rank: int, row: int) -> dict[str, str]:
     return {"id": name, "text": text}
 
 
-def hosts(chosen: list[dict[str, Any]]) -> list[list[Any]]:
+def hosts(chosen: Iterable[dict[str, Any]]) -> list[list[Any]]:
     """[host, pages read, pages kept before duplicates] of the largest hosts."""
     found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for one in chosen:
@@ -162,7 +167,7 @@ def hosts(chosen: list[dict[str, Any]]) -> list[list[Any]]:
     return [[host, *counts] for host, counts in largest]
 
 
-def files(read: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+def files(read: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """By file, its records by type and what was damaged: the ledger of the archive."""
     found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for one in read:
