@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ GROUP_ROWS = 2_000
 BATCH = 32  # pages that pass a step before the next step begins: the language model then stays in the cache
 EXCERPT = 500  # characters kept of a page that the early exit dropped, for the tables of examples
 PLAUSIBLE = 0.1  # share of Japanese characters from which a page is measured whatever fastText calls it
+KANA_CODE = re.compile(r"&#(?:12[345]\d\d|[xX]30[4-9a-fA-F])")  # kana written as numbers
 HEARTBEAT = 1.0  # seconds between two signs of life of a task
 STEPS = ("read", "extract", "language", "quality")
 SLICE_BYTES, SLICES = 4_000_000, 1024
@@ -259,7 +261,7 @@ def extracted(pages: Iterable[warc.Page], early: profiles.Profile | None, meter:
         meter.lap("read")
         if page.kind == "html" and not page.reason:
             html, row["encoding"] = extract.decode(page.body, page.charset)
-            if early and early.language == "ja" and language.kana(html) < early.min_kana:
+            if early and early.language == "ja" and language.kana(html) < early.min_kana and not KANA_CODE.search(html):
                 row |= {"reason": "language", "lang": "und"}
             else:
                 try:

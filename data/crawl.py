@@ -28,7 +28,7 @@ import multiprocess
 from loguru import logger
 
 import console
-from data import annotate, dedup, overlap, profiles, select, sources
+from data import annotate, dedup, extract, overlap, profiles, select, sources
 from data.progress import cores, progress, say
 
 Stage = tuple[str, list[Any], int]
@@ -75,8 +75,6 @@ class Job:
 
 def plan(job: Job) -> dict[str, Any]:
     """What the annotations of this job are made from: they serve another job exactly if its plan is the same."""
-    from data import extract
-
     return {
         "format": annotate.FORMAT,
         "source": job.source,
@@ -212,6 +210,8 @@ def clocked(data: Any, rank: int, world_size: int, *, step: Callable[..., None],
 def run(job: Job, last: str = "write") -> None:
     """Run the stages up to `last` that are not done yet, with a line of progress for each."""
     tasks = prepare(job)
+    if warning := profiles.extractor_differs(job.profile, extract.EXTRACTOR):
+        say(warning)
     if last != "annotate":
         renew(job)
     todo = stages(job, tasks)

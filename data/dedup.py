@@ -1,14 +1,14 @@
 """Near-duplicates: Rensa signatures for datatrove's bucket and cluster stages, with an exact check in between.
 
 `write_signatures` (every task of the corpus) -> `buckets` (up to one task a band) -> `verify` (any number of tasks) ->
-`cluster_step` (one task) -> `removed` (every task again). Documents are named (file, row): the task that read them and
-their row in its annotations. The earliest of some duplicates is the one that survives.
+`cluster_step` (one task) -> datatrove's MinhashDedupFilter (every task again). Documents are named (file, row): the
+task that read them and their row in its annotations. The earliest of some duplicates is the one that survives.
 """
 
 import dataclasses
 import io
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,12 +190,6 @@ def verify(
     write_atomic(verified / f"{rank:05d}_00.dups", named.tobytes())
 
 
-def removed(folder: Path | str, rank: int) -> np.ndarray:
-    """Rows of file `rank` that `cluster_step` wants removed: sorted uint32, empty if there are none."""
-    path = Path(folder) / f"{rank:06d}.remove"
-    return np.fromfile(path, "<u4") if path.is_file() else np.zeros(0, np.uint32)
-
-
 def pairs(verified_folder: Path | str) -> Iterator[tuple[tuple[int, int], tuple[int, int], float]]:
     """((file, row) kept, (file, row) dropped, Jaccard index) of every duplicate that `verify` found."""
     import pyarrow.parquet as pq
@@ -204,32 +198,6 @@ def pairs(verified_folder: Path | str) -> Iterator[tuple[tuple[int, int], tuple[
         for batch in pq.ParquetFile(path).iter_batches():
             for a, i, b, j, jaccard in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 yield (a, i), (b, j), jaccard
-
-
-def deduplicate(texts: Sequence[str], config: Dedup) -> list[int | None]:
-    """For each text the index of the earlier text that it duplicates, None if it is kept: all stages in memory."""
-    duplicate_of: list[int | None] = [None] * len(texts)
-    signed = [(i, sketch) for i, text in enumerate(texts) if (sketch := signature(text, config)) is not None]
-    if not signed:
-        return duplicate_of
-    sketches = np.array([sketch for _, sketch in signed])
-    bands = (sketches[:, i : i + config.rows] for i in range(0, sketches.shape[1], config.rows))
-    documents, roots = clusters(equal_neighbours(band) for band in bands)
-    at = [int(document) for document in documents]
-
-    def grams(i: int) -> np.ndarray:
-        return np.unique(shingles(texts[signed[at[i]][0]], config.ngram))
-
-    for kept, dropped, _ in settle_all(roots, lambda i: sketches[at[i]], grams, config.jaccard):
-        duplicate_of[signed[at[dropped]][0]] = signed[at[kept]][0]
-    return duplicate_of
-
-
-def equal_neighbours(band: np.ndarray) -> np.ndarray:
-    """Pairs (n, 2) uint64 of consecutive equal rows of `band` once sorted: what datatrove writes for a bucket."""
-    order = np.lexsort(band.T[::-1])
-    same = (band[order[1:]] == band[order[:-1]]).all(1)
-    return np.column_stack([order[:-1][same], order[1:][same]]).astype(np.uint64)
 
 
 def read_pairs(path: Path) -> np.ndarray:

@@ -3,7 +3,7 @@
 import functools
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -62,6 +62,38 @@ def annotate(work: Path, files: list[list[str]], config: Dedup) -> None:
         dedup.write_signatures(work / "signatures", rank, kept, rows, config)
 
 
+def removed(folder: Path | str, rank: int) -> np.ndarray:
+    """Rows of file `rank` that `cluster_step` wants removed: sorted uint32, empty if there are none."""
+    path = Path(folder) / f"{rank:06d}.remove"
+    return np.fromfile(path, "<u4") if path.is_file() else np.zeros(0, np.uint32)
+
+
+def deduplicate(texts: Sequence[str], config: Dedup) -> list[int | None]:
+    """For each text the index of the earlier text that it duplicates, None if it is kept: all stages in memory."""
+    duplicate_of: list[int | None] = [None] * len(texts)
+    signed = [(i, sketch) for i, text in enumerate(texts) if (sketch := dedup.signature(text, config)) is not None]
+    if not signed:
+        return duplicate_of
+    sketches = np.array([sketch for _, sketch in signed])
+    bands = (sketches[:, i : i + config.rows] for i in range(0, sketches.shape[1], config.rows))
+    documents, roots = duplicates.clusters(equal_neighbours(band) for band in bands)
+    at = [int(document) for document in documents]
+
+    def grams(i: int) -> np.ndarray:
+        return np.unique(dedup.shingles(texts[signed[at[i]][0]], config.ngram))
+
+    for kept, dropped, _ in duplicates.settle_all(roots, lambda i: sketches[at[i]], grams, config.jaccard):
+        duplicate_of[signed[at[dropped]][0]] = signed[at[kept]][0]
+    return duplicate_of
+
+
+def equal_neighbours(band: np.ndarray) -> np.ndarray:
+    """Pairs (n, 2) uint64 of consecutive equal rows of `band` once sorted: what datatrove writes for a bucket."""
+    order = np.lexsort(band.T[::-1])
+    same = (band[order[1:]] == band[order[:-1]]).all(1)
+    return np.column_stack([order[:-1][same], order[1:][same]]).astype(np.uint64)
+
+
 def run_stages(work: Path, config: Dedup, workers: int = 1, verify_tasks: int = 3) -> None:
     """datatrove's executor over buckets, our check and clusters."""
     from datatrove.executor import LocalPipelineExecutor
@@ -116,7 +148,7 @@ def quiet() -> None:
 def test_copies_across_files_are_dropped_and_their_first_is_kept(tmp_path: Path) -> None:
     annotate(tmp_path, FILES, SMALL)
     run_stages(tmp_path, SMALL)
-    assert {rank: dedup.removed(tmp_path / "removed", rank).tolist() for rank in range(3)} == DROPPED
+    assert {rank: removed(tmp_path / "removed", rank).tolist() for rank in range(3)} == DROPPED
     found = {dropped: (kept, index) for kept, dropped, index in dedup.pairs(tmp_path / "verified")}
     assert {dropped: kept for dropped, (kept, _) in found.items()} == {
         (1, 1): (0, 2),
@@ -167,14 +199,14 @@ def test_a_chain_drops_its_middle_only() -> None:
     b, c = a[60:] + passage(1, 60), a[120:] + passage(1, 60) + passage(2, 60)
     assert exact(a, b) > 0.75 and exact(b, c) > 0.75 and exact(a, c) < 0.75
     config = Dedup(bands=16, rows=4)
-    assert dedup.deduplicate([a, b, c], config) == [None, 0, None]
-    assert dedup.deduplicate([b, a, c], config) == [None, 0, 0]
+    assert deduplicate([a, b, c], config) == [None, 0, None]
+    assert deduplicate([b, a, c], config) == [None, 0, 0]
 
 
 def test_every_dropped_text_has_a_kept_twin_and_no_two_kept_texts_are_twins() -> None:
     edits = random.Random(0)
     texts = [with_tail(passage(edits.randrange(5)), edits.choice([0, 0.05, 0.1, 0.2, 0.3]), i) for i in range(60)]
-    found = dedup.deduplicate(texts, Dedup(bands=24, rows=4))
+    found = deduplicate(texts, Dedup(bands=24, rows=4))
     for i, of in enumerate(found):
         assert of is None or (of < i and found[of] is None and exact(texts[of], texts[i]) >= 0.75)
     kept = [text for text, of in zip(texts, found, strict=True) if of is None]
@@ -186,8 +218,8 @@ def test_white_space_is_no_difference_but_a_digit_is() -> None:
     text = passage(0)
     spaced = "\n　".join(text[i : i + 40] for i in range(0, len(text), 40))
     assert np.array_equal(signed(text, Dedup()), signed(spaced, Dedup()))
-    assert dedup.deduplicate([text, spaced], Dedup(jaccard=1.0)) == [None, 0]
-    assert dedup.deduplicate(["表の値は11234です", "表の値は11235です"], Dedup(jaccard=1.0)) == [None, None]
+    assert deduplicate([text, spaced], Dedup(jaccard=1.0)) == [None, 0]
+    assert deduplicate(["表の値は11234です", "表の値は11235です"], Dedup(jaccard=1.0)) == [None, None]
 
 
 def test_signatures_are_the_same_on_every_machine() -> None:
@@ -214,9 +246,9 @@ def test_signatures_estimate_the_jaccard_index() -> None:
 def test_texts_shorter_than_one_ngram_have_no_signature_and_stay() -> None:
     assert dedup.signature("四 文字 だ", Dedup()) is None
     assert dedup.signature("", Dedup()) is None
-    assert dedup.deduplicate(["短い", "短い", ""], Dedup()) == [None, None, None]
-    assert dedup.deduplicate(["五文字です", "五文字です"], Dedup()) == [None, 0]
-    assert dedup.deduplicate([], Dedup()) == []
+    assert deduplicate(["短い", "短い", ""], Dedup()) == [None, None, None]
+    assert deduplicate(["五文字です", "五文字です"], Dedup()) == [None, 0]
+    assert deduplicate([], Dedup()) == []
 
 
 @pytest.mark.parametrize("files", [[["短い", ""], []], [[passage(0), passage(0)]]], ids=["no signatures", "one file"])
@@ -225,13 +257,13 @@ def test_stages_on_next_to_nothing(tmp_path: Path, files: list[list[str]]) -> No
     annotate(tmp_path, files, config)
     run_stages(tmp_path, config)
     copies = len(files[0]) if len(files) == 1 else 0
-    assert dedup.removed(tmp_path / "removed", 0).tolist() == ([1] if copies else [])
+    assert removed(tmp_path / "removed", 0).tolist() == ([1] if copies else [])
     assert len(list(dedup.pairs(tmp_path / "verified"))) == (1 if copies else 0)
 
 
 def test_lone_surrogates_do_not_break_anything() -> None:
     text = passage(0) + "\ud83d"
-    assert dedup.deduplicate([text, text], SMALL) == [None, 0]
+    assert deduplicate([text, text], SMALL) == [None, 0]
 
 
 def test_boilerplate_pages_cost_a_bounded_number_of_exact_checks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +277,7 @@ def test_boilerplate_pages_cost_a_bounded_number_of_exact_checks(monkeypatch: py
 
     monkeypatch.setattr(duplicates, "jaccard", counted)
     monkeypatch.setattr(duplicates, "EXACT_CHECKS", 4)
-    assert dedup.deduplicate([*texts, texts[7]], Dedup())[-1] == 7
+    assert deduplicate([*texts, texts[7]], Dedup())[-1] == 7
     assert 300 < len(checks) <= 4 * 301
 
 
