@@ -21,7 +21,7 @@ EXTRACTOR = f"resiliparse-{importlib.metadata.version('resiliparse')}/main-1"  #
 
 SMALL_SHARE = 0.3  # an element that names itself navigation goes if it holds at most this share of the page's text,
 LINK_SHARE = 0.5  # or if at least this share of its own text is links: never the page's prose under a sloppy name
-LEAST_TEXT = 100  # characters; a page that would be left with less is taken whole, for the quality rules to judge
+LEAST_TEXT = 20  # characters; a page that would be left with less is taken whole, for the quality rules to judge
 ATTRIBUTE_COST = 400_000_000  # sum of squares of attributes a tag: the parser's time, 1.3 ns each
 LONG_TAG = 4_096  # characters; attributes of shorter tags are not counted
 TEXT_BUDGET = 30  # times the page may be read to weigh its elements, against names nested a thousand deep
