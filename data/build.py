@@ -1,7 +1,6 @@
 """`python -m data build`: documents to token shards, in one pass over the source and with flat memory."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ import numpy as np
 import console
 import tracking
 from console import UserError
-from data import encode, mix, ngram, page, shards, sources, spool, tokenizer
+from data import encode, foreign, mix, ngram, page, shards, sources, spool, tokenizer
 from data.progress import say
 
 PROBED_DOCUMENTS = 200
@@ -58,7 +57,8 @@ class BuildConfig:
     val_fraction: float = 0.02
     """Share of documents kept for validation, chosen by the hash of their text."""
     tokenizer: Path | None = None
-    """Tokenizer folder of an earlier build to reuse; the tokenizer fields below then count for nothing."""
+    """Tokenizer to reuse: the folder of an earlier build, of `data extend`, or of a model with tokenizer.json, or a
+    GGUF file; the tokenizer fields below then count for nothing."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """SentencePiece model to train, on the training split alone."""
     vocab_size: int = 8_000
@@ -70,7 +70,7 @@ class BuildConfig:
     shard_tokens: int = 100_000_000
     """Tokens per shard file, give or take one document."""
     baseline_tokens: int = 5_000_000
-    """Training tokens of the Kneser–Ney 5-gram baseline; 0: none."""
+    """Training tokens of the Kneser–Ney 5-gram baseline; 0: none. For tokenizers of this project."""
     profile: str = "auto"
     """What is worth keeping: a bundled profile or a YAML file; auto: domain, which drops what nobody wants and no more,
     for web archives, and none (every document as it is) for other sources."""
@@ -171,12 +171,12 @@ def shard(
             say(f"tokenizer trained, {time.perf_counter() - begun:.1f} s so far")
             tokenizer.write_folder(model, part / "tokenizer")
         else:
-            model = tokenizer.copy_folder(tokenizer_folder(config.tokenizer), part / "tokenizer")
-        tokenizer.probe(
-            part / "tokenizer", (text for _, text, _ in spool.first(spool.spooled(part, files), PROBED_DOCUMENTS))
-        )
-        processor = tokenizer.load(part / "tokenizer")
-        vocab = processor.get_piece_size()
+            source = tokenizer_folder(config.tokenizer)
+            copy = foreign.copy_folder if foreign.is_foreign(source) else tokenizer.copy_folder
+            copy(source, part / "tokenizer")
+        probes = (text for _, text, _ in spool.first(spool.spooled(part, files), PROBED_DOCUMENTS))
+        processor, made, lengths = foreign.opened(part / "tokenizer", probes)
+        vocab, document_ids = made["vocab_size"], (made["bos_id"], made["eos_id"])
         manifest: dict[str, Any] = {
             "format": shards.FORMAT,
             "fingerprint": "",
@@ -188,6 +188,7 @@ def shard(
             "dtype": "<u2" if vocab <= 1 << 16 else "<u4",
             "documents": files,
             "skipped_blank": counts["blank"],
+            "tokenizer": made,
         }
         if config.mix is not None:
             manifest["mix"] = [
@@ -196,10 +197,10 @@ def shard(
             ]
         tokens_path = part / "token_bytes.npy"
         with tokens_path.open("wb") as file:
-            np.save(file, tokenizer.token_bytes(processor), allow_pickle=False)
+            np.save(file, lengths, allow_pickle=False)
         bounds = [size["documents"] for size in sizes]
         limits = (config.shard_tokens, config.val_fraction)
-        written = encode.encode(part, files, processor, manifest["dtype"], *limits, bounds, repeats)
+        written = encode.encode(part, files, processor, manifest["dtype"], *limits, bounds, repeats, document_ids)
         manifest["splits"] = {
             split: counts[split]
             | {key: sum(shard[key] for shard in written[split]) for key in ("documents", "bytes")}
@@ -208,14 +209,8 @@ def shard(
         }
         total = {key: sum(manifest["splits"][s][key] for s in ("train", "val")) for key in ("bytes", "tokens")}
         manifest["bytes_per_token"] = total["bytes"] / total["tokens"]
-        manifest["tokenizer"] = {
-            "file": "tokenizer.model",
-            "sha256": hashlib.sha256(model).hexdigest(),
-            "model_type": tokenizer.kind(processor),
-            "vocab_size": vocab,
-        }
         manifest["baseline"] = None
-        if config.baseline_tokens:
+        if config.baseline_tokens and document_ids == (shards.BOS, shards.EOS):
             manifest["baseline"] = ngram.baseline(part, manifest, 5, config.baseline_tokens)
             say(f"5-gram baseline: {manifest['baseline']['val_bpb']:.4f} bits per byte")
         manifest["fingerprint"] = shards.fingerprint(manifest)
@@ -395,7 +390,7 @@ def check(config: BuildConfig) -> None:
 
 def tokenizer_folder(folder: Path) -> Path:
     """`folder`, or the tokenizer inside it if it is a shards folder."""
-    return folder / "tokenizer" if (folder / "tokenizer" / "tokenizer.model").is_file() else folder
+    return folder / "tokenizer" if (folder / "tokenizer" / "tokenizer.json").is_file() else folder
 
 
 def identify(config: BuildConfig) -> dict[str, Any]:
@@ -416,9 +411,13 @@ def identify(config: BuildConfig) -> dict[str, Any]:
 
         flags["profiles"] = [profiles.describe(one.profile) if one else None for one in made]
     if config.tokenizer is not None:
-        path = tokenizer_folder(config.tokenizer) / "tokenizer.model"
-        tokenizer.load(path.parent)
-        flags["tokenizer"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        folder = tokenizer_folder(config.tokenizer)
+        if foreign.is_foreign(folder):
+            path = foreign.identity(folder)
+        else:
+            path = folder / "tokenizer.model"
+            tokenizer.load(folder)
+        flags["tokenizer"] = shards.hash_files(path)
         for name in ("model_type", "vocab_size", "max_piece_length", "tokenizer_bytes"):
             del flags[name]
     inputs = [entry for part in parts for entry in sources.inputs(part.source)]

@@ -39,14 +39,15 @@ def encode(
     val_fraction: float,
     bounds: list[int],
     repeats: list[float],
+    document_ids: tuple[int, int],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Write the shards of both splits, in the source's order, with SentencePiece on all cores.
+    """Write the shards of both splits, in the source's order, on all cores. `document_ids` open and end a document.
 
     `bounds` says how many documents each part of a mix has, `repeats` how often its training documents go in. Copies
     come after all documents were written once, then again, so that the copies of a document lie far apart.
     """
-    writers = {split: shards.Writer(folder, split, dtype, shard_tokens) for split in ("train", "val")}
-    begun, tokens, passes = time.perf_counter(), 0, max(1, *(math.ceil(repeat) for repeat in repeats))
+    writers = {split: shards.Writer(folder, split, dtype, shard_tokens, *document_ids) for split in ("train", "val")}
+    begun, passes = time.perf_counter(), max(1, *(math.ceil(repeat) for repeat in repeats))
     with progress("encoding", sum(bounds) * passes, "documents") as advance:
         for number in range(passes):
             owner = itertools.chain.from_iterable(itertools.repeat(*pair) for pair in zip(repeats, bounds, strict=True))
@@ -59,10 +60,11 @@ def encode(
                 encoded = processor.encode([text for _, text in chosen], num_threads=cores())
                 for (split, text), ids in zip(chosen, encoded, strict=True):
                     writers[split].add(ids, len(text.encode()))
-                    tokens += len(ids) + 2
                 advance(len(group))
+    written = {split: writer.close() for split, writer in writers.items()}
+    tokens = sum(shard["tokens"] for split in written.values() for shard in split)
     say(f"encoded {tokens:,} tokens at {tokens / (time.perf_counter() - begun):,.0f} tokens/s")
-    return {split: writer.close() for split, writer in writers.items()}
+    return written
 
 
 def copies(split: str, text: str, repeats: float, val_fraction: float) -> int:

@@ -4,15 +4,18 @@ Nothing is remembered between steps: batch k is a pure function of (seed, k), so
 job, asks for the same batch and gets it.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.shards import BOS, open_split
+from data.shards import document_ids, open_split
 
+T = TypeVar("T")
 FEISTEL_ROUNDS = 4  # enough that the order looks random to statistical tests (Luby & Rackoff 1988: 3 suffice in theory)
 
 
@@ -47,6 +50,7 @@ class TokenStream:
         self.shards = [tokens for tokens, _ in open_split(folder, manifest, split)]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.seq_len = seq_len
+        self.bos_id, self.eos_id = document_ids(manifest)
         self.n_tokens = int(self.ends[-1])
 
     @property
@@ -65,16 +69,23 @@ class TokenStream:
         return np.concatenate(parts).astype(np.int64)
 
     def windows(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each (len(indices), seq_len) int64; a document's opening `<s>` is never a target (-1)."""
+        """Inputs and targets, each (len(indices), seq_len) int64; a document's opening `<s>` is no target (-1).
+
+        Unless it is also what ends the document before it.
+        """
         rows = np.stack([self.slice(i * self.seq_len, (i + 1) * self.seq_len + 1) for i in indices.tolist()])
         targets = rows[:, 1:].copy()
-        targets[targets == BOS] = -1
+        if self.bos_id != self.eos_id:
+            targets[targets == self.bos_id] = -1
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets)
 
     def batch_indices(self, step: int, batch_size: int, seed: int) -> np.ndarray:
-        """Window numbers of global batch `step`: every epoch is another permutation of all windows."""
-        position = np.arange(step * batch_size, (step + 1) * batch_size)
-        indices = np.empty(batch_size, dtype=np.int64)
+        """Window numbers of global batch `step`."""
+        return self.ordered(np.arange(step * batch_size, (step + 1) * batch_size), seed)
+
+    def ordered(self, position: np.ndarray, seed: int) -> np.ndarray:
+        """Window numbers at places of the order that `seed` gives: every epoch another permutation of all windows."""
+        indices = np.empty(len(position), dtype=np.int64)
         for epoch in np.unique(position // self.n_windows):
             chosen = position // self.n_windows == epoch
             indices[chosen] = permuted(position[chosen] % self.n_windows, self.n_windows, key=[seed, int(epoch)])
@@ -83,3 +94,15 @@ class TokenStream:
     def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Global batch `step` of the order that `seed` gives."""
         return self.windows(self.batch_indices(step, batch_size, seed))
+
+
+def ahead(make: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
+    """`make(step)` for each of `steps`, the next one made by a thread while the last is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for step in steps:
+            made, waiting = waiting, thread.submit(make, step)
+            if made:
+                yield made.result()
+        if waiting:
+            yield waiting.result()

@@ -189,6 +189,8 @@ def main(argv: list[str]) -> int | None:
     if config.train_tokens < 1:
         raise console.UserError(f"--train_tokens {config.train_tokens}: at least 1")
     manifest, begun = shards.load(config.folder), time.perf_counter()
+    if shards.document_ids(manifest) != (BOS, shards.EOS):
+        raise console.UserError(f"{config.folder}: built with a model's own tokenizer, for which there is no baseline")
     result = baseline(config.folder, manifest, config.order, config.train_tokens)
     result |= {"seconds": round(time.perf_counter() - begun, 2), "folder": str(asdict(config)["folder"])}
     console.print_result(result, config.json)

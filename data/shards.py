@@ -23,7 +23,8 @@ REBUILD = "delete the folder and rebuild with `python -m data build`"
 def load(folder: Path | str) -> dict[str, Any]:
     """The manifest of a shards folder, after the cheap checks of `verify`.
 
-    Every document is `<s> pieces </s>`. A split's k-th shard is `SPLIT-0000k.tokens.npy` (1-D uint16 or uint32) and
+    Every document is `<s> pieces </s>`, with the ids that `document_ids` gives; where they are one, a single id between
+    documents ends one and opens the next. A split's k-th shard is `SPLIT-0000k.tokens.npy` (1-D uint16 or uint32) and
     `SPLIT-0000k.starts.npy` (int64: where each document starts, then the number of tokens); `token_bytes.npy`
     (uint16) says how many UTF-8 bytes of text each id stands for; `documents-*.parquet` hold the texts themselves.
     """
@@ -74,6 +75,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def document_ids(manifest: dict[str, Any]) -> tuple[int, int]:
+    """The ids that open and end a document; a manifest that names none is of a tokenizer of ours."""
+    made = manifest.get("tokenizer", {})
+    return made.get("bos_id", BOS), made.get("eos_id", EOS)
+
+
 def check_array(path: Path, dtype: np.dtype, length: int, unit: str) -> None:
     """Raise UserError unless `path` is an .npy file of `length` entries of `dtype`, whole to its last byte."""
     try:
@@ -115,8 +122,11 @@ def starts_name(tokens_name: str) -> str:
 class Writer:
     """Documents of one split, appended to shards of about `shard_tokens` tokens; a document is never cut."""
 
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, split: str, dtype: str, shard_tokens: int, bos_id: int = BOS, eos_id: int = EOS
+    ) -> None:
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, np.dtype(dtype), shard_tokens
+        self.before, self.after = [bos_id], [eos_id] if eos_id != bos_id else []
         self.shards: list[dict[str, Any]] = []
         self.file: BinaryIO | None = None
 
@@ -127,8 +137,9 @@ class Writer:
             self.file = (self.folder / self.name).open("wb")
             write_header(self.file, self.dtype, 0)
             self.starts, self.bytes = [0], 0
-        self.file.write(np.array([BOS, *ids, EOS], self.dtype).tobytes())
-        self.starts.append(self.starts[-1] + len(ids) + 2)
+        document = [*self.before, *ids, *self.after]
+        self.file.write(np.array(document, self.dtype).tobytes())
+        self.starts.append(self.starts[-1] + len(document))
         self.bytes += text_bytes
         if self.starts[-1] >= self.shard_tokens:
             self.close()

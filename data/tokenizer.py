@@ -127,8 +127,8 @@ def write_folder(model: bytes, folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_folder(source: Path, folder: Path) -> bytes:
-    """A tokenizer that `write_folder` or `data extend` made, as it is; returns its tokenizer.model."""
+def copy_folder(source: Path, folder: Path) -> None:
+    """A tokenizer that `write_folder` or `data extend` made, as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*FILES, "new_pieces.json"):
         if (source / name).is_file():
@@ -137,7 +137,6 @@ def copy_folder(source: Path, folder: Path) -> bytes:
             raise UserError(
                 f"{source / name} is missing: give a folder made by `python -m data build` or `data extend`"
             )
-    return (folder / "tokenizer.model").read_bytes()
 
 
 def load(folder: Path) -> Any:
