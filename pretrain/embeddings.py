@@ -58,7 +58,6 @@ def extend(checkpoint: Path, tokenizer: Path, out: Path) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already: delete it or choose another")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -69,11 +68,37 @@ def extend(checkpoint: Path, tokenizer: Path, out: Path) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"checkpoint {checkpoint} cannot be loaded: {error}") from None
+    rows, tables = grow(model, base_vocab, pieces, f"checkpoint {checkpoint}", tokenizer)
+    with shards.part_folder(out) as part:
+        model.save_pretrained(part)
+        for path in sorted(tokenizer.iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                shutil.copyfile(path, part / path.name)
+    return {
+        "rows_before": rows,
+        "rows_after": len(tables[0]),
+        "new_pieces": len(pieces),
+        "tied": len(tables) == 1,
+        "dtype": str(tables[0].dtype).removeprefix("torch."),
+        "folder": str(out),
+    }
+
+
+def grow(
+    model: Any, base_vocab: int, pieces: list[tuple[int, list[int]]], named: str, tokenizer: Path
+) -> "tuple[int, list[Tensor]]":
+    """Give `model` a row for each of `pieces` (id, old ids), in place, as `extend` says.
+
+    Returns the rows that it had, and its tables: the input embedding and, untied, the head. Raises UserError for a
+    model, called `named`, that has fewer rows than the base of `tokenizer` has ids.
+    """
+    import torch
+
     rows = int(table_of(model.get_input_embeddings()).shape[0])
     if rows < base_vocab:
         raise UserError(
-            f"checkpoint {checkpoint} has {rows:,} embeddings, the base of {tokenizer} {base_vocab:,} ids: extend the "
-            "tokenizer that this checkpoint was trained with"
+            f"{named} has {rows:,} embeddings, the base of {tokenizer} {base_vocab:,} ids: extend the tokenizer that "
+            "this checkpoint was trained with"
         )
     total = base_vocab + len(pieces)
     if total > rows:  # else the new ids fit into rows that the model was padded with
@@ -86,19 +111,7 @@ def extend(checkpoint: Path, tokenizer: Path, out: Path) -> dict[str, Any]:
             means = [table[old].float().mean(0) for _, old in pieces]
             for (new, _), mean in zip(pieces, means, strict=True):
                 table[new] = mean.to(table.dtype)
-    with shards.part_folder(out) as part:
-        model.save_pretrained(part)
-        for path in sorted(tokenizer.iterdir()):
-            if path.is_file() and not path.name.startswith("."):
-                shutil.copyfile(path, part / path.name)
-    return {
-        "rows_before": rows,
-        "rows_after": max(rows, total),
-        "new_pieces": len(pieces),
-        "tied": len(tables) == 1,
-        "dtype": str(tables[0].dtype).removeprefix("torch."),
-        "folder": str(out),
-    }
+    return rows, tables
 
 
 def table_of(module: Any) -> "Tensor":
