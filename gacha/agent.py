@@ -6,7 +6,7 @@ again under their old run id and resume from their own checkpoint.
 
 What differs from `wandb agent` on purpose: `--jobs` runs at once; Ctrl-C asks the runs to save at once instead of
 waiting for their end; exit code 3 (diverged) is a result, no failure; each run's output goes to a log of its own;
-`python` is the interpreter that runs the agent.
+`python` is the interpreter that runs the agent; runs of our own train.py may share a process (pack.py).
 """
 
 import os
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -30,9 +30,9 @@ import tracking
 from console import UserError
 from gacha import board, definition
 from gacha.definition import Sweep
-from gacha.ledger import Pull, hold, only_agent, remember, replay, send, settle
+from gacha.ledger import Pull, hold, only_agent, remember, replay, send
+from gacha.pack import MOST_ON_CPU, MOST_ON_GPU, Pack, ours, plan, possible
 
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 POLL_SECONDS = 0.05
 FLAPPING_SECONDS, FLAPPING_FAILURES, INITIAL_FAILURES, KILL_DELAY = 60, 3, 5, 30  # the real agent's
 
@@ -44,7 +44,9 @@ class Config:
     file: tyro.conf.Positional[str]
     """Sweep definition (YAML), as `wandb sweep` takes it."""
     jobs: int = 1
-    """Runs at once. With several, CPU threads are divided and CUDA devices handed out by slot."""
+    """Processes at once. With several, CPU threads are divided and CUDA devices handed out by slot."""
+    pack: int | Literal["auto"] = "auto"
+    """Most runs of train.py pretrain in one process, where they differ in seeds, lr and weight_decay alone."""
     retry_failed: bool = False
     """Run failed runs again too (W&B's grid never does), under their old run ids."""
     check: bool = False
@@ -58,12 +60,21 @@ def main(argv: Sequence[str]) -> int:
     config = console.parse(Config, argv, "python -m gacha run")
     if config.jobs < 1:
         raise UserError(f"--jobs {config.jobs}: must be 1 or more")
+    if config.pack != "auto" and config.pack < 1:
+        raise UserError(f"--pack {config.pack}: must be auto, or 1 or more")
     delay = kill_delay()
     sweep = definition.read(config.file)
+    most = config.pack if config.pack != "auto" else MOST_ON_GPU if cuda_devices() else MOST_ON_CPU
+    if not possible(sweep):
+        if config.pack not in ("auto", 1):
+            raise UserError(
+                f"{sweep.path}: --pack {config.pack}: only runs of train.py pretrain ${{args}} share a process"
+            )
+        most = 1
     folder = Path(os.environ.get("WANDB_DIR", Path.cwd()), "wandb", f"sweep-{sweep.sweep_id}")
     if config.check:
         pulls, code = replay(sweep, folder), 0
-        dry_run(sweep, sweep.points)
+        dry_run(sweep, plan(pulls, config.jobs, most))
     else:
         folder.mkdir(parents=True, exist_ok=True)
         with only_agent(folder):
@@ -72,8 +83,9 @@ def main(argv: Sequence[str]) -> int:
             todo = [pull for pull in pulls if pull.status in again]
             end_orphans(todo, delay)
             # What has run was checked then: a resumed sweep starts at once.
-            dry_run(sweep, [pull.params for pull in todo if pull.status == "waiting"])
-            code = serve(sweep, pulls, todo, config.jobs, delay)
+            packs = plan(todo, config.jobs, most)
+            dry_run(sweep, [pack for pack in packs if pack.pulls[0].status == "waiting"])
+            code = serve(sweep, pulls, packs, config.jobs, delay)
             if not todo:
                 say(f"nothing left to run; to start afresh, move {folder} away")
     if config.json:
@@ -104,20 +116,25 @@ def kill_delay() -> int:
     return int(text)
 
 
-# ---- one run
+# ---- one process
 
 
-def environment(sweep: Sweep, pull: Pull, jobs: int) -> dict[str, str]:
-    """The real agent's environment of one run, plus what offline work and several slots need."""
+def environment(sweep: Sweep, pack: Pack, jobs: int) -> dict[str, str]:
+    """The real agent's environment of one run, plus what offline work and several slots need.
+
+    Where several runs share the process, --each says for each what WANDB_RUN_ID and WANDB_SWEEP_PARAM_PATH say of one.
+    """
     env = dict(os.environ)
-    env.pop("WANDB_SERVICE", None)  # each run starts a wandb of its own
+    for of_another in ("WANDB_SERVICE", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
+        env.pop(of_another, None)  # each process starts a wandb of its own
     env.setdefault("WANDB_DIR", str(Path.cwd()))
     for key in ("project", "entity"):
         if key in sweep.definition:
             env[f"WANDB_{key.upper()}"] = sweep.definition[key]
     env["WANDB_SWEEP_ID"] = sweep.sweep_id
-    env["WANDB_RUN_ID"] = pull.run_id
-    env["WANDB_SWEEP_PARAM_PATH"] = str(pull.folder / f"config-{pull.run_id}.yaml")
+    if pack.alone:
+        env["WANDB_RUN_ID"] = pack.pulls[0].run_id
+        env["WANDB_SWEEP_PARAM_PATH"] = str(pack.pulls[0].config)
     env.setdefault("WANDB_MODE", "offline")
     # The default of 15 s loses the end of a run that is killed.
     env.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
@@ -127,7 +144,7 @@ def environment(sweep: Sweep, pull: Pull, jobs: int) -> dict[str, str]:
     if jobs > 1:
         env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
         if devices := cuda_devices():
-            env["CUDA_VISIBLE_DEVICES"] = devices[pull.slot % len(devices)]
+            env["CUDA_VISIBLE_DEVICES"] = devices[pack.slot % len(devices)]
     return env
 
 
@@ -151,32 +168,44 @@ def command(sweep: Sweep, params: dict[str, Any], json_path: Path) -> list[str]:
     return tracking.sweep_argv(given.get("command"), given.get("program", ""), params, json_path)
 
 
-def start(sweep: Sweep, pull: Pull, jobs: int, delay: int) -> None:
-    """Start the next attempt of `pull`, as the real agent does: own process group, stdin closed."""
-    tracking.save_sweep_params(pull.folder / f"config-{pull.run_id}.yaml", pull.params)
-    argv = command(sweep, pull.params, pull.folder / f"config-{pull.run_id}.json")
-    remember(pull, "assigned", params=pull.params)
-    lock = hold(pull, delay)
-    with pull.log.open("ab") as log:
-        pull.log_from = log.tell()
+def start(sweep: Sweep, pack: Pack, jobs: int, delay: int) -> None:
+    """Start the next attempt of the runs in `pack`, as the real agent does: own process group, stdin closed."""
+    for pull in pack.pulls:
+        tracking.save_sweep_params(pull.config, pull.params)
+    if pack.alone:
+        argv = command(sweep, pack.pulls[0].params, pack.pulls[0].config.with_suffix(".json"))
+    else:
+        pack.write_each(pack.each)
+        pack.ended.unlink(missing_ok=True)
+        argv = [*command(sweep, pack.shared, pack.each), f"--each={pack.each}"]
+    for pull in pack.pulls:
+        remember(pull, "assigned", params=pull.params)
+    locks = [hold(pull, delay) for pull in pack.pulls]
+    for pull in pack.pulls:
+        pull.log_from = pull.log.stat().st_size if pull.log.exists() else 0
+    with pack.log.open("ab") as log:
+        pack.log_from = log.tell()
         try:
-            pull.child = subprocess.Popen(
+            pack.child = subprocess.Popen(
                 argv,
-                env=environment(sweep, pull, jobs),
+                env=environment(sweep, pack, jobs),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 process_group=0,
-                pass_fds=(lock,),
+                pass_fds=locks,
             )
         except OSError as error:
             raise UserError(f"{sweep.path}: command: cannot start {argv[0]}: {error.strerror}") from None
         finally:
-            os.close(lock)
-    pull.pid, pull.began, pull.status = pull.child.pid, time.monotonic(), "running"
-    assert pull.child.stdin is not None
-    pull.child.stdin.close()
-    remember(pull, "started", pid=pull.pid, argv=argv, slot=pull.slot)
+            for lock in locks:
+                os.close(lock)
+    for pull in pack.pulls:
+        pull.pid, pull.began, pull.status = pack.child.pid, time.monotonic(), "running"
+    assert pack.child.stdin is not None
+    pack.child.stdin.close()
+    for pull in pack.pulls:
+        remember(pull, "started", pid=pull.pid, argv=argv, slot=pack.slot)
 
 
 def end_orphans(pulls: list[Pull], delay: int) -> None:
@@ -187,19 +216,24 @@ def end_orphans(pulls: list[Pull], delay: int) -> None:
             os.close(lock)
 
 
-def dry_run(sweep: Sweep, points: list[dict[str, Any]]) -> None:
+def dry_run(sweep: Sweep, packs: list[Pack]) -> None:
     """Let our own train.py check the flags of every point before one is paid for; raises UserError with its words.
 
     Only points in which every value occurs once are tried. Another program may not know --dry_run: not tried.
     """
-    if "program" not in sweep.definition or Path(sweep.definition["program"]).resolve() != TRAIN:
+    if not ours(sweep):
         return
     sweep_keys = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     env = {key: value for key, value in os.environ.items() if key not in sweep_keys} | {"PATH": path}
+    wanted = {id(point) for point in definition.covering([pull.params for pack in packs for pull in pack.pulls])}
+    parts = [Pack([pull for pull in pack.pulls if id(pull.params) in wanted]) for pack in packs]
 
-    def words(number: int, params: dict[str, Any]) -> str | None:
-        argv = [*command(sweep, params, Path(scratch, f"{number}.json")), "--dry_run"]
+    def words(number: int, pack: Pack) -> str | None:
+        argv = [*command(sweep, pack.shared, Path(scratch, f"{number}.json")), "--dry_run"]
+        if not pack.alone:
+            pack.write_each(Path(scratch, f"{number}.jsonl"))
+            argv.append(f"--each={Path(scratch, f'{number}.jsonl')}")
         try:
             done = subprocess.run(
                 argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace"
@@ -211,8 +245,12 @@ def dry_run(sweep: Sweep, points: list[dict[str, Any]]) -> None:
         return errors[-1].removeprefix("error:").strip() if done.returncode else None
 
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max(1, cores() // 2)) as pool:
-        tried = definition.covering(points)
-        for complaint in pool.map(words, range(len(tried)), tried):
+        tried = [part for part in parts if part.pulls]
+        for number, complaint in enumerate(pool.map(words, range(len(tried)), tried)):
+            # What is wrong with one is said of that one; what is too much together is served in smaller parts.
+            if complaint and not tried[number].alone:
+                several = [Pack([pull]) for pull in tried[number].pulls]
+                complaint = next(filter(None, (words(number, one) for one in several)), None)
             if complaint:
                 pool.shutdown(cancel_futures=True)
                 raise UserError(f"{sweep.path}: {complaint}")
@@ -221,8 +259,8 @@ def dry_run(sweep: Sweep, points: list[dict[str, Any]]) -> None:
 # ---- all runs
 
 
-def serve(sweep: Sweep, pulls: list[Pull], todo: list[Pull], jobs: int, delay: int) -> int:
-    """Run `todo`, `jobs` at once, until none is left, they keep failing, or a signal comes.
+def serve(sweep: Sweep, pulls: list[Pull], todo: list[Pack], jobs: int, delay: int) -> int:
+    """Run `todo`, `jobs` processes at once, until none is left, they keep failing, or a signal comes.
 
     Returns 0, 1 (gave up because runs keep failing) or 128 + signal. `pulls` are all runs, for showing.
     """
@@ -236,28 +274,42 @@ def serve(sweep: Sweep, pulls: list[Pull], todo: list[Pull], jobs: int, delay: i
         caught.append((signum, time.monotonic()))
 
     before = {signum: signal.signal(signum, catch) for signum in heard}
-    waiting, running = deque(todo), list[Pull]()
+    waiting, running = deque(todo), list[Pack]()
     began, ended, failed, verdict = time.monotonic(), 0, 0, ""
     try:
         with board.Board(pulls) as shown:
             while (waiting or running) and not caught and not verdict:
-                for pull in [pull for pull in running if pull.child and pull.child.poll() is not None]:
-                    running.remove(pull)
-                    settle(pull, stopped=False)
-                    line = (board.last_error if pull.status == "failed" else board.last_line)(pull.log, pull.log_from)
-                    shown.tell(pull, f"{pull.status}  {board.clock(pull.seconds)}  {line}")
-                    if pull.status == "failed":
+                for pack in list(running):
+                    code = pack.poll()  # before its news: after them, some could come unread
+                    over = pack.settle()
+                    if code is not None:
+                        running.remove(pack)
+                        if code in (console.EXIT_USER, -signal.SIGKILL) and pack.open and not pack.alone:
+                            # Refused by the stage or killed by the system: too large together, or one run's mistake.
+                            say(f"{len(pack.open)} runs ended together, served in smaller parts: {pack.last_error()}")
+                            waiting.extendleft(reversed(pack.halves()))
+                        over += pack.settle(code)
+                    for pull in over:
+                        line = (board.last_error if pull.status == "failed" else board.last_line)(
+                            pull.log, pull.log_from
+                        )
+                        shown.tell(pull, f"{pull.status}  {board.clock(pull.seconds)}  {line}")
+                    if failures := [pull for pull in over if pull.status == "failed"]:
                         # As the real agent, except that a diverged run (exit 3) or an interrupted one (143) does not
-                        # count here: the first is a result that we came for, the second no fault of the run.
+                        # count here: the first is a result that we came for, the second no fault of the run. Runs that
+                        # fail with their process fail once.
                         failed += 1
+                        line = board.last_error(failures[0].log, failures[0].log_from)
                         verdict = verdict or flapping(failed, ended, time.monotonic() - began, line)
-                    ended += 1
+                    ended += len(over)
                 while waiting and len(running) < jobs and not caught and not verdict:
-                    pull = waiting.popleft()
-                    pull.slot = min(set(range(jobs)) - {other.slot for other in running})
-                    running.append(pull)  # before it starts: what fails half-way is stopped too
-                    start(sweep, pull, jobs, delay)
-                    shown.tell(pull, f"started  {shown.labels[pull.index]}")
+                    pack = waiting.popleft()
+                    pack.slot = min(set(range(jobs)) - {other.slot for other in running})
+                    running.append(pack)  # before it starts: what fails half-way is stopped too
+                    start(sweep, pack, jobs, delay)
+                    beside = "" if pack.alone else f"  (one of {len(pack.pulls)} in process {pack.pid})"
+                    for pull in pack.pulls:
+                        shown.tell(pull, f"started  {shown.labels[pull.index]}{beside}")
                 shown.tick()
                 time.sleep(POLL_SECONDS)
     finally:
@@ -281,20 +333,20 @@ def flapping(failed: int, ended: int, seconds: float, line: str) -> str:
     return ""
 
 
-def stop(running: list[Pull], delay: int, caught: list[tuple[int, float]]) -> None:
-    """Ask the running pulls to save and end, kill them after `delay` seconds or a second Ctrl-C, and record it."""
-    alive = [pull for pull in running if pull.child and pull.pid]
-    for pull in alive:
-        send(pull.pid, signal.SIGTERM)
+def stop(running: list[Pack], delay: int, caught: list[tuple[int, float]]) -> None:
+    """Ask the running processes to save and end, kill them after `delay` seconds or a second Ctrl-C, and record it."""
+    alive = [pack for pack in running if pack.child]
+    for pack in alive:
+        send(pack.pid, signal.SIGTERM)
     if alive:
-        say(f"stopping {len(alive)} run(s): up to {delay} s to save, Ctrl-C again kills")
+        say(f"stopping {sum(len(pack.open) for pack in alive)} run(s): up to {delay} s to save, Ctrl-C again kills")
     until = time.monotonic() + delay
-    while any(pull.child and pull.child.poll() is None for pull in alive):
+    while any(pack.poll() is None for pack in alive):
         # Two at once are one: `timeout` and some terminals signal both the process and its group.
         again = any(signum == signal.SIGINT and when > caught[0][1] + 1 for signum, when in caught)
         if again or time.monotonic() > until:
-            for pull in alive:
-                send(pull.pid, signal.SIGKILL)
+            for pack in alive:
+                send(pack.pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
-    for pull in alive:
-        settle(pull, stopped=True)
+    for pack in alive:
+        pack.settle(pack.poll(), stopped=True)

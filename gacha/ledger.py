@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,23 +45,24 @@ class Pull:
     """Over all attempts that an agent saw end."""
     pid: int | None = None
     """Process and process group of the attempt that runs, or ran when its agent was killed."""
-    child: subprocess.Popen[bytes] | None = None
-    """That attempt, if it is this agent's."""
     began: float = 0.0
     """time.monotonic() at the start of that attempt."""
     log_from: int = 0
     """Where its output starts in the log, which older attempts share."""
-    slot: int = 0
-    """Which of --jobs it occupies."""
 
     @property
     def log(self) -> Path:
         return self.folder / f"{self.run_id}.log"
 
     @property
+    def config(self) -> Path:
+        """The parameters as W&B's own agent writes them, for `wandb.init`."""
+        return self.folder / f"config-{self.run_id}.yaml"
+
+    @property
     def elapsed(self) -> float:
         """Seconds over all attempts, the running one included."""
-        return self.seconds + (time.monotonic() - self.began if self.child else 0.0)
+        return self.seconds + (time.monotonic() - self.began if self.status == "running" else 0.0)
 
 
 def replay(sweep: Sweep, folder: Path) -> list[Pull]:
@@ -115,17 +115,16 @@ def remember(pull: Pull, event: str, **facts: Any) -> None:
         os.fsync(file.fileno())
 
 
-def settle(pull: Pull, stopped: bool) -> None:
-    """Record the end of the running attempt of `pull`; `stopped` says that the agent asked for it."""
-    assert pull.child is not None and pull.child.returncode is not None
-    code, seconds = pull.child.returncode, time.monotonic() - pull.began
+def settle(pull: Pull, code: int, stopped: bool) -> None:
+    """Record the end of the running attempt of `pull` with exit code `code`; `stopped`: the agent asked for it."""
+    seconds = time.monotonic() - pull.began
     if code in (0, EXIT_DIVERGED):
         pull.status = "diverged" if code else "finished"
     elif code < 0 or stopped or code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
         pull.status = "interrupted"
     else:
         pull.status = "failed"
-    pull.returncode, pull.child, pull.pid = code, None, None
+    pull.returncode, pull.pid = code, None
     pull.seconds += seconds
     remember(pull, "ended", status=pull.status, returncode=code, seconds=round(seconds, 3))
 

@@ -434,7 +434,6 @@ def test_check_prints_the_grid_and_starts_nothing(capsys: pytest.CaptureFixture[
     assert not Path("wandb").exists() and not seen()
 
 
-@pytest.mark.skipif(not agent.TRAIN.exists(), reason="needs this repository's train.py")
 def test_misspelt_parameter_is_found_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """train.py itself says so, in a dry run."""
     monkeypatch.setenv("WANDB_DIR", str(Path.cwd()))
