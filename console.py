@@ -83,7 +83,8 @@ def door(main: Callable[[], int | None]) -> NoReturn:
         code = main()
         sys.stdout.flush()
     except UserError as mistake:
-        code = say_error(str(mistake))
+        # Of the ranks that torchrun starts on a machine one speaks: they all make the same mistake.
+        code = say_error(str(mistake)) if os.environ.get("LOCAL_RANK", "0") == "0" else EXIT_USER
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except BrokenPipeError:

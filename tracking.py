@@ -6,6 +6,7 @@ call is made by one background thread from a bounded queue, and what W&B cannot 
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -35,6 +36,7 @@ def recipe_hash(config: Mapping[str, Any], leave_out: frozenset[str]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
+@functools.cache
 def git_commit() -> str:
     """Commit of this checkout, with `+` when tracked files differ from it; `unknown` outside git."""
     here = Path(__file__).parent
@@ -56,8 +58,16 @@ def cpu_name() -> str:
     return f"{name} x {cores}"
 
 
+@functools.cache
+def say_once(line: str) -> None:
+    """A line on stderr, once in a process: several runs share what it tells of."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class Tracker:
     """One W&B run. Made by `start`; every method returns at once, `finish` within FINISH_SECONDS."""
+
+    core_hangs = False  # all runs of a process share one core: when it hung for one, the others do not wait again
 
     def __init__(self, run: Any, mode: str) -> None:
         self.run, self.mode = run, mode
@@ -77,9 +87,7 @@ class Tracker:
                 self.dropped += 1
                 if not self.complaint:
                     self.complaint = f"{type(error).__name__}: {error}"
-                    print(
-                        f"W&B stopped taking records, the run goes on ({self.complaint})", file=sys.stderr, flush=True
-                    )
+                    say_once(f"W&B stopped taking records, the run goes on ({self.complaint})")
 
     def _do(self, job: Callable[[], None]) -> None:
         try:
@@ -127,8 +135,8 @@ class Tracker:
         self._do(lambda: self.run.finish(exit_code=exit_code))
         with contextlib.suppress(queue.Full):
             self.jobs.put(None, timeout=1.0)
-        self.thread.join(FINISH_SECONDS[self.mode])
-        self.stuck = self.thread.is_alive()
+        self.thread.join(0.1 if Tracker.core_hangs else FINISH_SECONDS[self.mode])
+        self.stuck = Tracker.core_hangs = self.thread.is_alive()
         if self.stuck or self.dropped:
             # wandb's exit hook would wait for a hung core without end, and print a traceback over a dead one.
             console.skip_exit_hooks = True
@@ -145,6 +153,8 @@ def start(
     tags: list[str],
     x_axis: Literal["tokens", "step"] | None,
     run_id: str | None = None,
+    sweep_params: Path | None = None,
+    alone: bool = True,
     lineage: dict[str, Any] | None = None,
     hardware: str | None = None,
 ) -> Tracker:
@@ -152,6 +162,9 @@ def start(
 
     WANDB_MODE is respected. With no mode and no key the run is offline, said once; a server that does not answer makes
     it offline too. Never a prompt. `run_id` continues a run of that id (a resumed pull).
+
+    A process may open several runs, each with `alone` False. In a sweep W&B knows one run per process, by environment;
+    `sweep_params` (a file of `save_sweep_params`) makes this run the sweep's run `run_id` with these parameters.
     """
     # Without this, wandb 0.31 sends its own error telemetry, and looks its server up in DNS, in offline mode too.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -168,10 +181,7 @@ def start(
     has_key = has_key or wbnetrc.read_netrc_auth(host=known.base_url) is not None
     mode: Any = chosen or ("online" if has_key else "offline")
     if not chosen and not has_key:
-        print(
-            "W&B: no key and no WANDB_MODE, so this run is recorded offline (wandb sync sends it later)",
-            file=sys.stderr,
-        )
+        say_once("W&B: no key and no WANDB_MODE, so this run is recorded offline (wandb sync sends it later)")
 
     commit = git_commit()
     record = {
@@ -183,9 +193,6 @@ def start(
         "versions": {"python": platform.python_version()} | {lib: _version(lib) for lib in LIBRARIES},
         "lineage": lineage or {},
     }
-    # A default flush of 15 s loses the tail of a killed run; the field's name is checked so that a rename is noticed.
-    settings = wandb.Settings(x_transaction_log_flush_interval=1.0, init_timeout=INIT_SECONDS)
-    in_sweep = bool(os.environ.get("WANDB_SWEEP_ID"))
     arguments: dict[str, Any] = {
         "project": os.environ.get("WANDB_PROJECT") or PROJECT,
         "config": record,
@@ -193,22 +200,46 @@ def start(
         "job_type": stage,
         "name": name,
         "tags": [*tags, f"commit:{commit}"],
-        "settings": settings,
+        "reinit": "default" if alone else "create_new",
     }
-    if run_id and not in_sweep:
+    sweep_id = os.environ.get("WANDB_SWEEP_ID")
+    if sweep_id and not alone and not sweep_params:
+        raise console.UserError(
+            "several pulls in one process, but W&B's agent counts a process as one run: list the seeds in the sweep's "
+            "own parameters (gacha run packs them into one process)"
+        )
+    if run_id and (sweep_params or not sweep_id):
         arguments |= {"id": run_id, "resume": "allow"}
+
+    def open_run(mode: Any) -> Any:
+        session = wandb.setup()
+        # A default flush of 15 s loses a killed run's tail; the field's name is checked so that a rename is noticed.
+        settings = wandb.Settings(x_transaction_log_flush_interval=1.0, init_timeout=INIT_SECONDS)
+        if not alone:
+            settings.console = "off"  # it would catch what all runs say
+        if session.most_recent_active_run is not None:
+            settings.x_disable_stats = True  # of the machine, as the first run has them
+            settings.x_save_requirements = False  # 0.1 s for a list that the first run has
+        if sweep_params:
+            # Under a sweep of the session's, wandb ignores the run's id and locks the session's parameters into it. The
+            # file is read at each init; the sweep's id is taken from the run as well.
+            session.settings.sweep_id, session.settings.sweep_param_path = None, str(sweep_params)
+            settings.sweep_id = sweep_id
+        return wandb.init(mode=mode, settings=settings, **arguments)
+
     try:
-        run = wandb.init(mode=mode, **arguments)
+        run = open_run(mode)
     except Exception as error:
         if mode != "online":
             raise console.UserError(
                 f"W&B cannot record this run ({error}): set WANDB_DIR to a folder that can be written, "
                 "or WANDB_MODE=disabled to go without a record"
             ) from None
-        print(f"W&B: no answer from the server, recorded offline instead ({error})", file=sys.stderr, flush=True)
-        wandb.teardown()
-        mode = "offline"
-        run = wandb.init(mode=mode, **arguments)
+        say_once(f"W&B: no answer from the server, recorded offline instead ({error})")
+        if wandb.setup().most_recent_active_run is None:
+            wandb.teardown()
+        mode = os.environ["WANDB_MODE"] = "offline"  # the next run of this process does not wait again
+        run = open_run(mode)
     if x_axis:
         run.define_metric(x_axis)
         run.define_metric("*", step_metric=x_axis)

@@ -1,6 +1,7 @@
 """The one door for training: `python train.py STAGE [--flag value ...]`, the `program:` of every sweep.
 
     pretrain   a model from scratch on the token shards of `python -m data build`
+    continue   any Hugging Face model on more such shards, with general text replayed
     sample     look at what came out: `python train.py sample CHECKPOINT --prompt TEXT`
 
 --dry_run checks the flags and the inputs of a training stage, prints the configuration as JSON and trains nothing.
@@ -10,7 +11,7 @@ import sys
 
 import console
 
-STAGES = ("pretrain", "sample")
+STAGES = ("pretrain", "continue", "sample")
 
 
 def main() -> int | None:
@@ -25,6 +26,10 @@ def main() -> int | None:
         from pretrain import pretrain
 
         return pretrain.main(argv, dry_run)
+    if stage == "continue":
+        from pretrain import continued
+
+        return continued.main(argv, dry_run)
     if stage == "sample":
         from pretrain import sample
 

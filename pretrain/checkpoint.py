@@ -4,6 +4,7 @@
         config.json  model.safetensors  generation_config.json     AutoModelForCausalLM loads these
         tokenizer.json  tokenizer_config.json  tokenizer.model ...  AutoTokenizer loads these
         training_state.safetensors  training_state.json            optimizer, RNG, guard, loader, clock
+        training_state/*.safetensors                               instead, where fsdp shares the optimizer's state out
 A folder appears under its name only when every byte of it is on disk.
 """
 
@@ -21,9 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from console import UserError
-from pretrain.model import ModelConfig, Transformer
+from pretrain import ranks
+from pretrain.model import ModelConfig
 
 STATE_JSON, STATE_TENSORS, WEIGHTS = "training_state.json", "training_state.safetensors", "model.safetensors"
+STATE_SHARDS = "training_state"
+FORMAT = 2  # of the training state; 1 had an optimizer entry for each of Hugging Face's matrices
 KEPT = 2  # checkpoints of a pull
 
 
@@ -65,15 +69,17 @@ def step_of(folder: Path) -> int:
 
 def save(
     pull: Path,
-    model: Transformer,
-    optimizers: list[torch.optim.Optimizer],
+    weights: dict[str, Tensor],
+    training: dict[str, Tensor] | ranks.Shards,
+    config: dict[str, Any],
     state: dict[str, Any],
     tokenizer: Path,
     keep_step: int = -1,
 ) -> Path:
     """Write the checkpoint of `state["step"]` updates, then drop all but the last KEPT and the newest < `keep_step`.
 
-    Raises OSError when the disk is full or may not be written; earlier checkpoints are untouched then.
+    `weights` under Hugging Face's names with their `config`; `training` from `training_tensors`, or what the ranks are
+    writing of it. Raises OSError when the disk is full or may not be written; earlier checkpoints are untouched then.
     """
     final = pull / "checkpoints" / f"step-{state['step']:08d}"
     part = final.with_name(f".{final.name}.part")
@@ -83,18 +89,21 @@ def save(
         part.mkdir(parents=True)
         for path in tokenizer.iterdir():
             shutil.copyfile(path, part / path.name)  # not copytree, whose error hides the errno of a full disk
-        weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
         _save_tensors(weights, part / WEIGHTS)
-        _save_tensors(_optimizer_tensors(model, optimizers) | _rng_tensors(), part / STATE_TENSORS)
+        if isinstance(training, ranks.Shards):
+            training.wait()
+            training.folder.rename(part / STATE_SHARDS)
+        else:
+            _save_tensors(training, part / STATE_TENSORS)
         bos_id, eos_id = state["bos_id"], state["eos_id"]
-        hf_config = hugging_face_config(model.config, bos_id, eos_id)
-        _write_json(part / "config.json", hf_config)
+        _write_json(part / "config.json", config)
         _write_json(
             part / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True}
         )
-        sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir())}
-        _write_json(part / STATE_JSON, {**state, "files": sizes})
-        for path in part.iterdir():
+        files = sorted(path for path in part.rglob("*") if path.is_file())
+        sizes = {str(path.relative_to(part)): path.stat().st_size for path in files}
+        _write_json(part / STATE_JSON, {**state, "format": FORMAT, "files": sizes})
+        for path in [*files, part / STATE_JSON]:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         if final.exists():
@@ -109,6 +118,13 @@ def save(
         if folder not in keep:
             shutil.rmtree(folder)
     return final
+
+
+def shards_folder(pull: Path, step: int, clear: bool) -> Path:
+    """Where the ranks write their parts of the checkpoint of `step`; `clear`: of what a killed save may have left."""
+    for left in (pull / "checkpoints").glob(".step-*.shards") if clear else ():
+        shutil.rmtree(left, ignore_errors=True)
+    return pull / "checkpoints" / f".step-{step:08d}.shards"
 
 
 def drop_since(pull: Path, onset_step: int) -> None:
@@ -133,6 +149,8 @@ def verify(folder: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {folder}: {STATE_JSON} is not JSON: restore the file, or {advice}") from None
     if not isinstance(state, dict) or not {"step", "files"} <= state.keys():
         raise UserError(f"checkpoint {folder}: {STATE_JSON} lacks entries: restore the file, or {advice}")
+    if state.get("format") != FORMAT:
+        raise UserError(f"checkpoint {folder} is of another version of this program: go on with that, or {advice}")
     for name, size in state["files"].items():
         path = folder / name
         if not path.is_file():
@@ -142,42 +160,64 @@ def verify(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load(folder: Path, model: Transformer, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Put the weights, optimizer and RNG of a verified checkpoint in place; returns its training_state.json."""
+def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """training_state.json and weights of a checkpoint. Raises UserError where it is not whole."""
     state = verify(folder)
+    return state, _load_tensors(folder / WEIGHTS)
+
+
+def load_training(folder: Path, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Training tensors of a verified checkpoint; of those as large as `parameters` only what this rank holds of these.
+
+    Whether many ranks wrote it or one, and however many read it.
+    """
+    if (folder / STATE_SHARDS).is_dir():
+        return ranks.load_shards(folder / STATE_SHARDS, parameters)
+    if any(ranks.local(parameter) is not parameter for parameter in parameters.values()):
+        return ranks.load_shards(folder, parameters)
+    return _load_tensors(folder / STATE_TENSORS)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        weights = load_file(folder / WEIGHTS)
-        tensors = load_file(folder / STATE_TENSORS)
+        return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"checkpoint {folder} cannot be read ({error}): delete the folder") from None
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors.pop("rng.cuda"))
-    for key, tensor in tensors.items():
-        index, name, field = key.split("/")
-        parameter = parameters[name]
-        # AdamW keeps its step count on the CPU unless fused on a GPU, where it must sit beside the moments.
-        optimizers[int(index)].state[parameter][field] = tensor.to(parameter.device)
-    return state
+        raise UserError(f"checkpoint {path.parent} cannot be read ({error}): delete the folder") from None
 
 
-def _optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{index}/{names[parameter]}/{field}": tensor.detach().cpu().contiguous()
+def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, which training cannot change while they are written."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def training_tensors(parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Optimizer state, as `index of the optimizer/parameter/field`, and the state of torch's random generators."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    tensors |= {"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return tensors | {
+        f"{index}/{names[parameter]}/{field}": tensor
         for index, optimizer in enumerate(optimizers)
         for parameter, fields in optimizer.state.items()
         for field, tensor in fields.items()
     }
 
 
-def _rng_tensors() -> dict[str, Tensor]:
-    state = {"rng.cpu": torch.get_rng_state()}
-    return state | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+def restore_training(
+    tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
+) -> None:
+    """Put `training_tensors` back."""
+    for key, tensor in tensors.items():
+        if key == "rng.cpu":
+            torch.set_rng_state(tensor)
+        elif key == "rng.cuda":
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(tensor)
+        else:
+            index, name, field = key.split("/")
+            parameter = parameters[name]
+            # AdamW keeps its step count on the CPU unless fused on a GPU, where it must sit beside the moments.
+            optimizers[int(index)].state[parameter][field] = tensor.to(parameter.device)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,11 +1,18 @@
-"""AdamW and Muon, the learning-rate schedules, and the size of the updates they make."""
+"""AdamW and Muon, the learning-rate schedules, clipping, and the size of the updates they make.
+
+Every pull has optimizers of its own, over views of its row of the batched parameters: its learning rate, weight decay,
+moments and step count are its own, in the same arithmetic as if it were alone.
+"""
 
 import math
 from collections import defaultdict
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from pretrain import parametrization, ranks
+from pretrain.model import ModelConfig, Transformer, hugging_face_parts
 
 # Quintic Newton-Schulz coefficients of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -52,34 +59,51 @@ class Muon(torch.optim.Optimizer):
     """Muon for matrices: Nesterov momentum, orthogonalised, decoupled weight decay (Jordan et al. 2024).
 
     The update is scaled by 0.2 sqrt(max(rows, columns)) so that its RMS is AdamW's and one learning rate and weight
-    decay serve both (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4). Matrices of one shape are stacked:
-    torch.optim.Muon takes them one by one and always in bfloat16.
+    decay serve both (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4). Matrices of one shape are stacked,
+    and merged projections are taken apart: torch.optim.Muon does neither, and always works in bfloat16.
+
+    Groups have for each parameter its number of `rows`, of which fsdp leaves this rank a part (then directions are
+    gathered, and every rank takes its rows of the same update), and `parts`, the row slices that are matrices.
+
+    Where `found_inf`, a tensor, is 1, a step changes nothing: GradScaler's convention, which torch's fused AdamW
+    follows too.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    found_inf: Tensor | None = None
+
+    def __init__(self, groups: list[dict], momentum: float) -> None:
+        super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-            for parameter in group["params"]:
-                by_shape[parameter.shape].append(parameter)
-            for shape, parameters in by_shape.items():
-                directions = []
-                for parameter in parameters:
-                    assert parameter.grad is not None
-                    buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-                    buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                    directions.append(parameter.grad.lerp(buffer, group["momentum"]))
-                scale = 0.2 * math.sqrt(max(shape))
-                for parameter, update in zip(parameters, orthogonalize(torch.stack(directions)), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-group["lr"] * scale)
+            by_shape: dict[torch.Size, list[tuple[Tensor, slice, Tensor]]] = defaultdict(list)
+            for parameter, rows, parts in zip(group["params"], group["rows"], group["parts"], strict=True):
+                assert parameter.grad is not None
+                buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                moved = buffer.lerp(parameter.grad, 1 - group["momentum"])
+                direction = parameter.grad.lerp(moved, group["momentum"])
+                buffer.copy_(moved if self.found_inf is None else torch.where(self.found_inf > 0, buffer, moved))
+                begin = 0
+                if parameter.size(0) < rows:
+                    direction, begin = ranks.gather_rows(direction, rows), ranks.own_rows(rows).start
+                end = begin + parameter.size(0)
+                for part in parts:
+                    first, stop, _ = part.indices(rows)
+                    low, high = min(max(begin, first), end), max(begin, min(end, stop))
+                    held, update = parameter[low - begin : high - begin], slice(low - first, high - first)
+                    by_shape[direction[part].shape].append((held, update, direction[part]))
+            for shape, pieces in by_shape.items():
+                updates = orthogonalize(torch.stack([direction for _, _, direction in pieces]))
+                scale = group["lr"] * 0.2 * math.sqrt(max(shape))
+                for (held, own, _), update in zip(pieces, updates, strict=True):
+                    new = (held * (1 - group["lr"] * group["weight_decay"])).sub_(update[own], alpha=scale)
+                    held.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, held, new))
 
 
 def make_optimizers(
-    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    config: ModelConfig,
     kind: Literal["adamw", "muon"],
     *,
     betas: tuple[float, float],
@@ -87,33 +111,81 @@ def make_optimizers(
     momentum: float,
     weight_decay: float,
 ) -> list[torch.optim.Optimizer]:
-    """One AdamW for everything, or Muon for the hidden matrices and AdamW for embeddings, head and norms.
+    """Optimizers of one pull: one AdamW for everything, or Muon for its hidden matrices and AdamW for the rest.
 
-    Weight decay is for matrices: norms have none. The learning rate is set before every step.
+    `parameters` are the pull's own, by name. Weight decay is for matrices: norms have none. The learning rate is set
+    before every step, times each group's `lr_scale`, which is the parametrization's.
     """
+    matrices: dict[str, list[slice]] = defaultdict(list)
+    for ours, rows in hugging_face_parts(config).values():
+        matrices[ours].append(rows)
+    groups: dict[bool, dict[tuple, dict]] = {True: {}, False: {}}  # Muon's and AdamW's
+    for name, parameter in parameters.items():
+        by_muon = kind == "muon" and parameter.ndim == 2 and ".layers." in name
+        rule = parametrization.rule(name, config, kind)
+        decay = weight_decay * rule.weight_decay if parameter.ndim == 2 else 0.0
+        empty: dict[str, Any] = {"params": [], "lr_scale": rule.lr, "weight_decay": decay}
+        empty |= {"rows": list[Any](), "parts": list[Any]()} if by_muon else {"eps": eps * rule.eps}
+        group = groups[by_muon].setdefault((rule.lr, rule.eps, decay), empty)
+        group["params"].append(parameter)
+        if by_muon:
+            # A matrix that is not merged, o_proj or down_proj, ends in the residual stream.
+            group["rows"].append(matrices[name][-1].stop or config.d_model)
+            group["parts"].append(matrices[name])
+    muon = [Muon(list(groups[True].values()), momentum)] if groups[True] else []
+    return [*muon, torch.optim.AdamW(list(groups[False].values()), lr=0.0, betas=betas, fused=True)]
+
+
+def own_parameters(model: Transformer, row: int) -> dict[str, nn.Parameter]:
+    """What the optimizers of the pull in `row` update: the model's parameters, its slices of them, or this rank's."""
     named = dict(model.named_parameters())
-    hidden = [p for name, p in named.items() if p.ndim == 2 and ".layers." in name]
-    embeddings = [p for name, p in named.items() if p.ndim == 2 and ".layers." not in name]
-    vectors = [p for p in named.values() if p.ndim == 1]
-    decayed = embeddings if kind == "muon" else hidden + embeddings
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
-    return [Muon(hidden, lr=0.0, momentum=momentum, weight_decay=weight_decay), adamw] if kind == "muon" else [adamw]
+    if model.config.pulls == 1:
+        return {name: p if ranks.local(p) is p else nn.Parameter(ranks.local(p.data)) for name, p in named.items()}
+    return {name: nn.Parameter(part) for name, part in model.pull_parameters(row).items()}
+
+
+def hand_over(model: Transformer, row: int, parameters: dict[str, nn.Parameter]) -> None:
+    """Point a pull's `parameters` at its row of `model` and of its gradients, wherever both have moved to."""
+    batched = model.config.pulls > 1
+    for name, whole in model.named_parameters():
+        own = parameters[name]
+        if own is whole:
+            continue
+        own.data = whole.data[row] if batched else ranks.local(whole.data)
+        own.grad = None if whole.grad is None else whole.grad[row] if batched else ranks.local(whole.grad)
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
 
 
 @torch.no_grad()
-def update_rms(optimizers: list[torch.optim.Optimizer]) -> float:
+def grad_norms(model: Transformer, sharers: ranks.Ranks = ranks.ALONE) -> Tensor:
+    """L2 norm of each pull's gradient, (pulls,); `sharers` are the ranks that each hold a part of it."""
+    grads = [ranks.local(p.grad) for p in model.parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(grad.reshape(model.config.pulls, -1), dim=1) for grad in grads]
+    norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return norm if sharers.world == 1 else sharers.sum_(norm.square()).sqrt()
+
+
+@torch.no_grad()
+def clip(parameters: dict[str, nn.Parameter], norm: Tensor, largest: float) -> None:
+    """Scale a pull's gradient down to the norm `largest` where its `norm` (a scalar tensor) is above; 0: never."""
+    if largest:
+        grads = [p.grad for p in parameters.values() if p.grad is not None]
+        torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0))
+
+
+@torch.no_grad()
+def update_rms(optimizers: list[torch.optim.Optimizer], sharers: ranks.Ranks = ranks.ALONE) -> Tensor:
     """RMS over AdamW's parameters of m / (sqrt(v) + eps), the step just taken in units of the learning rate.
 
+    `sharers` are the ranks that each have a part of these.
     Near 1 early and some tenths later in a healthy run; falling to 0 means an epsilon too large (Wortsman et al. 2023).
     """
-    total, count = 0.0, 0
+    total, count = torch.zeros(()), 0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -121,9 +193,10 @@ def update_rms(optimizers: list[torch.optim.Optimizer]) -> float:
                 if "exp_avg" not in state:
                     continue
                 beta1, beta2 = group["betas"]
-                step = float(state["step"])
-                m = state["exp_avg"] / (1 - beta1**step)
-                v = state["exp_avg_sq"] / (1 - beta2**step)
-                total += float((m / (v.sqrt() + group["eps"])).square().sum())
-                count += parameter.numel()
-    return math.sqrt(total / count)
+                m = state["exp_avg"] / (1 - beta1 ** state["step"])
+                v = state["exp_avg_sq"] / (1 - beta2 ** state["step"])
+                squares = (m / (v.sqrt() + group["eps"])).square().sum()
+                total, count = total.to(squares.device) + squares, count + parameter.numel()
+    if sharers.world > 1:
+        total, count = sharers.sum_(torch.stack((total, torch.full_like(total, count))))
+    return (total / count).sqrt()

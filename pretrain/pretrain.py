@@ -1,35 +1,32 @@
-"""From token shards to a language model: one pull, from configuration to last metric.
+"""From token shards to a language model: one pull or many at once, from configuration to last metric.
 
-The pull lives in OUT/[SWEEP/]RECIPE-sSEED. The same command finds it again: a killed pull resumes from its last
-checkpoint and ends with the same bits as one that was never interrupted; a finished one only says so.
+A pull lives in OUT/[SWEEP/]RECIPE-sSEED. The same command finds it again: a killed pull resumes from its last
+checkpoint and ends with the same bits as one that was never interrupted; a finished one only says so. Pulls that differ
+in seeds, learning rate or weight decay alone are trained together, as one batch of models (together.py).
 """
 
 import dataclasses
-import fcntl
-import json
 import math
 import os
+import shutil
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 import console
 import tracking
 from data import shards
-from data.loader import TokenStream
-from pretrain import checkpoint, optim
-from pretrain.device import make_deterministic, measured_matmul_rate, size_name
-from pretrain.model import ModelConfig, Transformer
-from pretrain.progress import Progress
-from pretrain.stability import Guard, Verdict
-from pretrain.validate import Validation, sample_texts
+from pretrain import checkpoint, grid, memory, ranks
+from pretrain.device import keep_freed_memory
+from pretrain.model import Transformer
+from pretrain.pull import EXIT_CODE, Pull, home
+from pretrain.stability import Guard
+from pretrain.together import micro_batch, model_config, train_together
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,12 @@ class PretrainConfig:
     """folder of token shards, made by `python -m data build`"""
     out: str = "runs"
     """folder that the pull's own folder is made in"""
+    pulls: int = 1
+    """pulls with seeds from `seed` on, trained together; lists do too: --seed 0..15 --lr 1e-3,3e-3, also of other seeds
+    and weight_decay, and several lists are their product"""
+    each: str | None = None
+    """JSON Lines file with one pull a line: the seeds, lr and weight_decay in which it differs from the flags, and
+    `run_id` and `sweep_params` of its W&B run; as each ends, a line about it is added to FILE.ended"""
     seed: int = 0
     """sets the three seeds below where they are not given"""
     init_seed: int | None = None
@@ -52,11 +55,13 @@ class PretrainConfig:
     n_layers: int = 4
     """blocks"""
     n_heads: int = 4
-    """query heads; d_model / n_heads must be even, for RoPE"""
+    """query heads; d_model / n_heads must be even, for RoPE; 0: d_model / head_dim"""
+    head_dim: int = 0
+    """units of a head where n_heads is 0, for sweeps over d_model"""
     n_kv_heads: int = 2
-    """key and value heads, a divisor of n_heads (grouped-query attention)"""
+    """key and value heads, a divisor of n_heads (grouped-query attention); 0: n_heads"""
     d_ff: int = 352
-    """units of the SwiGLU layer"""
+    """units of the SwiGLU layer; 0: 8/3 d_model, to the nearest 16"""
     seq_len: int = 256
     """tokens that a position can see, and are trained on together"""
     qk_norm: bool = False
@@ -69,11 +74,25 @@ class PretrainConfig:
     """epsilon of the RMSNorms"""
     z_loss: float = 0.0
     """weight of log(Z)^2 in the objective (PaLM: 1e-4)"""
+    doc_mask: bool = False
+    """attention stays within a document"""
+    parametrization: Literal["sp", "mup"] = "sp"
+    """mup: init, lr, eps and weight_decay follow width and depth, so that what was tuned at the base size holds"""
+    base_width: int = 0
+    """mup: d_model at which lr was tuned"""
+    base_depth: int = 0
+    """mup: n_layers at which lr was tuned; 0: n_layers, no rule of depth"""
+    base_head_dim: int = 0
+    """mup: units of a head at which lr was tuned; 0: the model's own"""
 
     tokens: int = 1_000_000
     """budget: tokens to train on, rounded down to whole batches; beyond one epoch the windows come again, reordered"""
     batch_tokens: int = 4096
     """tokens of one update, a multiple of seq_len"""
+    micro_batch_tokens: int = 0
+    """tokens of one forward and backward pass, whose gradients add up to the update's; 0: all of them"""
+    checkpoint_activations: bool = False
+    """keep only the input of each block and compute the block again in the backward pass: less memory, more time"""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: hidden matrices by Muon, the rest by AdamW, one learning rate for both"""
     lr: float = 3e-3
@@ -116,6 +135,8 @@ class PretrainConfig:
     """bfloat16: autocast over float32 weights; for GPUs, and CPUs that compute in it"""
     compile: bool = False
     """torch.compile the decoder: needs a C++ compiler, half a minute, and pays on long pulls"""
+    sharding: Literal["auto", "ddp", "fsdp"] = "auto"
+    """torchrun: ddp has the whole model on every rank, fsdp shares it out; auto: fsdp where it would crowd a GPU"""
     price_per_hour: float = 0.0
     """price of one device-hour, for cost/money"""
     currency: str = "JPY"
@@ -125,40 +146,66 @@ class PretrainConfig:
 
 
 SEEDS = frozenset({"seed", "init_seed", "data_seed", "sample_seed"})
-# Where, how often and at what price a pull is watched does not make it another recipe; its data enters as fingerprint.
+# Where, how often, in what portions and at what price a pull is computed and watched does not make it another recipe;
+# its data enters as fingerprint.
 NOT_RECIPE = SEEDS | {
     "data",
     "out",
+    "pulls",
+    "each",
+    "head_dim",
+    "micro_batch_tokens",
+    "checkpoint_activations",
+    "sharding",
     "val_every",
     "log_every",
     "checkpoint_every",
     "device",
     "price_per_hour",
     "currency",
+    "json",
 }
-NOT_RECIPE |= {"json"}
-EXIT_CODE = {"ok": 0, "spiked": 0, "diverged": console.EXIT_DIVERGED}
 
 
 def main(argv: list[str], dry_run: bool = False) -> int:
     """Parse, check everything that can be checked before the first step, and pull."""
-    config = console.parse(PretrainConfig, argv, "train.py pretrain")
-    manifest = check(config)
+    plain, lists = grid.lists(argv)
+    given = console.parse(PretrainConfig, plain, "train.py pretrain")
+    asked = [(complete(c), extra) for c, extra in grid.asked(given, lists, given.pulls, given.each)]
+    for c, _ in asked:
+        check(c)
+    manifest = check_data(asked[0][0])
+    check_memory(asked[0][0], manifest, len(asked))
     if dry_run:
-        console.print_result(resolved(config), as_json=True)
+        records = [dataclasses.asdict(c) for c, _ in asked]
+        console.print_result(records[0] if len(records) == 1 else {"pulls": records}, as_json=True)
         return 0
-    return train(config, manifest)
+    return train(asked, manifest, Path(f"{given.each}.ended") if given.each else None)
 
 
-def resolved(c: PretrainConfig) -> dict[str, Any]:
-    """The configuration as it is recorded: every seed a number, the device a device."""
-    seeds = {name: c.seed if getattr(c, name) is None else getattr(c, name) for name in SEEDS}
-    device = c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return {**dataclasses.asdict(c), **seeds, "device": device}
+def complete(c: PretrainConfig) -> PretrainConfig:
+    """The configuration as one pull's record: every seed and size a number, the device a device."""
+    if c.n_heads == 0 and (c.head_dim < 1 or c.d_model % c.head_dim):
+        raise console.UserError(f"--n_heads 0: needs a --head_dim that divides --d_model {c.d_model}")
+    n_heads = c.n_heads or c.d_model // c.head_dim
+    return dataclasses.replace(
+        c,
+        pulls=1,
+        each=None,
+        init_seed=c.seed if c.init_seed is None else c.init_seed,
+        data_seed=c.seed if c.data_seed is None else c.data_seed,
+        sample_seed=c.seed if c.sample_seed is None else c.sample_seed,
+        n_heads=n_heads,
+        n_kv_heads=c.n_kv_heads or n_heads,
+        d_ff=c.d_ff or max(16, round(c.d_model / 6) * 16),
+        base_depth=c.base_depth or c.n_layers,
+        base_head_dim=c.base_head_dim or c.d_model // max(1, n_heads),
+        device=c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
+    )
 
 
-def check(c: PretrainConfig) -> dict[str, Any]:
-    """The data manifest, once flags and inputs are known to fit together. Raises UserError naming what does not."""
+def check(c: PretrainConfig) -> None:
+    """Raises UserError naming the flag that does not fit."""
     for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "seq_len", "tokens", "batch_tokens"):
         if getattr(c, name) < 1:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be at least 1")
@@ -174,23 +221,31 @@ def check(c: PretrainConfig) -> dict[str, Any]:
     for name in ("beta1", "beta2", "momentum"):
         if not 0 <= getattr(c, name) < 1:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be at least 0 and below 1")
-    for name in ("z_loss", "weight_decay", "grad_clip", "price_per_hour"):
+    for name in ("z_loss", "weight_decay", "grad_clip", "price_per_hour", "base_width", "base_depth", "base_head_dim"):
         if not 0 <= getattr(c, name) < math.inf:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be 0 or more")
-    config = resolved(c)
     for name in ("seed", *sorted(SEEDS)):
-        if not 0 <= config[name] < 2**63:
-            raise console.UserError(f"--{name} {config[name]}: must be from 0 to 2^63 - 1")
+        if not 0 <= getattr(c, name) < 2**63:
+            raise console.UserError(f"--{name} {getattr(c, name)}: must be from 0 to 2^63 - 1")
     if c.d_model % c.n_heads or c.d_model // c.n_heads % 2:
         raise console.UserError(f"--d_model {c.d_model} must be an even multiple of --n_heads {c.n_heads}")
     if c.n_heads % c.n_kv_heads:
         raise console.UserError(f"--n_heads {c.n_heads} must be a multiple of --n_kv_heads {c.n_kv_heads}")
-    if c.batch_tokens % c.seq_len:
-        raise console.UserError(f"--batch_tokens {c.batch_tokens} must be a multiple of --seq_len {c.seq_len}")
+    for name in ("batch_tokens", "micro_batch_tokens"):
+        if getattr(c, name) % c.seq_len or getattr(c, name) < 0:
+            raise console.UserError(f"--{name} {getattr(c, name)} must be a multiple of --seq_len {c.seq_len}")
     if c.tokens < c.batch_tokens:
         raise console.UserError(f"--tokens {c.tokens} is less than one batch of {c.batch_tokens}: raise it")
+    if c.parametrization == "mup" and not c.base_width:
+        raise console.UserError("--parametrization mup: needs --base_width, the d_model at which --lr was tuned")
+    if c.compile and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise console.UserError("--compile: torch.compile needs a C++ compiler and finds none: install g++ or clang++")
     if c.device == "cuda" and not torch.cuda.is_available():
         raise console.UserError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+
+
+def check_data(c: PretrainConfig) -> dict[str, Any]:
+    """The manifest of shards that fit the flags. Raises UserError."""
     manifest = shards.load(Path(c.data))
     for split, parts in manifest["splits"].items():
         if parts["tokens"] <= c.seq_len:
@@ -198,252 +253,104 @@ def check(c: PretrainConfig) -> dict[str, Any]:
     return manifest
 
 
-def train(c: PretrainConfig, manifest: dict[str, Any]) -> int:
-    """One pull. Returns its exit code: 0 done, 3 diverged, 143 or 130 stopped by a signal with everything saved."""
-    config = resolved(c)
-    device, init_seed, data_seed = config["device"], config["init_seed"], config["data_seed"]
-    recipe = tracking.recipe_hash({**config, "data_fingerprint": manifest["fingerprint"]}, leave_out=NOT_RECIPE)
-    others = {name[0]: config[name] for name in sorted(SEEDS) if config[name] != c.seed}
-    name = f"{recipe}-s{c.seed}" + "".join(f"-{letter}{seed}" for letter, seed in others.items())
-    pull = Path(c.out) / os.environ.get("WANDB_SWEEP_ID", "") / name
-    try:
-        pull.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
-        raise console.UserError(f"--out {c.out}: no folder can be made there ({error.strerror})") from None
-    lock = (pull / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise console.UserError(f"{pull} is being trained by another process: wait for it, or change --out") from None
-    if (pull / "result.json").is_file():
-        result = json.loads((pull / "result.json").read_bytes())
-        print(f"{pull} is already {result['status']}: remove it to pull again", file=sys.stderr)
-        console.print_result(result, as_json=c.json)
-        return EXIT_CODE[result["status"]]
-
-    make_deterministic(device, init_seed)
-    model_config = ModelConfig(
-        vocab_size=manifest["vocab_size"],
-        **{f.name: getattr(c, f.name) for f in dataclasses.fields(ModelConfig) if f.name != "vocab_size"},
-    )
-    model = Transformer(model_config)
-    model.init_weights(init_seed)
-    model.to(device)
-    optimizers = optim.make_optimizers(
-        model,
-        c.optimizer,
-        betas=(c.beta1, c.beta2),
-        eps=c.eps,
-        momentum=c.momentum,
-        weight_decay=c.weight_decay,
-    )
-    steps = c.tokens // c.batch_tokens
-    guard, start_step, seconds_before, run_id = Guard(steps), 0, 0.0, None
-    if saved := checkpoint.folders(pull):
-        state = checkpoint.load(saved[-1], model, optimizers)
-        guard, start_step, run_id = Guard(**state["guard"]), state["step"], state["run_id"]
-        seconds_before = state["seconds"]
-        torch.set_num_threads(state["threads"])  # sums are split by thread: another number would change the last bits
-        print(f"resuming {pull} from step {start_step}", file=sys.stderr)
-    if c.compile:
-        model.model.compile()
-
-    folder = Path(c.data)
-    bos_id, eos_id = shards.BOS, shards.EOS
-    train_tokens = TokenStream(folder, manifest, "train", c.seq_len)
-    validation = Validation(folder, manifest, c.val_tokens, c.seq_len)
-    peak_flops = measured_matmul_rate(device, c.dtype)
-    flops_per_token = model.flops_per_token()
-
-    tracker = tracking.start(
-        "pretrain",
+def check_memory(c: PretrainConfig, manifest: dict[str, Any], pulls: int) -> None:
+    """Raises UserError, with what would fit, where `pulls` of this shape do not fit into the device's memory."""
+    config, world = model_config(c, manifest, pulls), int(os.environ.get("WORLD_SIZE", "1"))
+    with torch.device("meta"):
+        n_params = Transformer(config).n_params()
+    share = -(-c.batch_tokens // c.seq_len // world) * c.seq_len
+    memory.check(
         config,
-        name=name,
-        recipe=recipe,
-        tags=[f"size:{size_name(model.n_params())}", f"data:{manifest['fingerprint']}"],
-        x_axis="tokens",
-        run_id=run_id,
-        lineage={
-            "shards": manifest["fingerprint"],
-            "tokenizer": manifest["tokenizer"]["sha256"],
-            "source": manifest["source"],
-        },
-        hardware=torch.cuda.get_device_name() if device == "cuda" else None,
-    )
-    tracker.use_artifact(f"shards-{manifest['fingerprint']}:latest")
-    baseline = manifest.get("baseline") if validation.is_whole_split else None
-    if baseline:
-        tracker.summary({"baseline/kn5_bpb": baseline["val_bpb"]})
-    progress = Progress(pull / "train.log", steps, start_step, c.batch_tokens)
-    progress.say(
-        f"{name}: {model.n_params():,} parameters, {steps:,} steps of {c.batch_tokens:,} tokens "
-        f"({steps * c.batch_tokens / train_tokens.n_tokens:.2f} epochs), on {device}, "
-        f"W&B run {tracker.id} ({tracker.mode})"
+        memory.Setting(
+            batch_tokens=share,
+            micro_batch_tokens=min(share, micro_batch(c, pulls) * c.seq_len),
+            optimizer=c.optimizer,
+            dtype=c.dtype,
+            device="cuda" if c.device == "cuda" else "cpu",
+            compiled=c.compile,
+            world=world,
+            sharding=ranks.choose(c.sharding, ranks.Ranks(0, world, c.device), n_params, pulls),
+        ),
     )
 
-    stop_signal = 0
+
+def train(asked: list[tuple[PretrainConfig, dict[str, str]]], manifest: dict[str, Any], told: Path | None) -> int:
+    """Every pull asked for; a line about the end of each is added to `told`.
+
+    Returns 0 when one of them is good, 3 when all diverged, 128 + the signal that came.
+    """
+    keep_freed_memory()
+    c = asked[0][0]
+    team = ranks.start(c.device)
+    team.share(c.batch_tokens // c.seq_len)
+    if not team.is_first:
+        os.environ["WANDB_MODE"] = "disabled"
+    steps = c.tokens // c.batch_tokens
+    pulls = []
+    for own, extra in asked:
+        config = dataclasses.asdict(own)
+        recipe = tracking.recipe_hash({**config, "data_fingerprint": manifest["fingerprint"]}, leave_out=NOT_RECIPE)
+        others = {name[0]: config[name] for name in sorted(SEEDS) if config[name] != own.seed}
+        name = f"{recipe}-s{own.seed}" + "".join(f"-{letter}{seed}" for letter, seed in others.items())
+        pull = Pull(name, recipe, config, home(c.out, name), c.batch_tokens, Guard(steps))
+        pull.run_id = extra.get("run_id")
+        pull.sweep_params = Path(extra["sweep_params"]) if "sweep_params" in extra else None
+        pull.log_copy = Path(extra["log"]) if "log" in extra else None
+        pull.told, pull.team = told, team
+        pulls.append(pull)
+    if len({pull.name for pull in pulls}) < len(pulls):
+        raise console.UserError("two of the pulls are the same: each must differ in a seed, --lr or --weight_decay")
+    for pull in pulls:
+        pull.claim()
+    team.wait()
+    for pull in pulls:
+        pull.look()
+        if pull.result and team.is_first:
+            print(f"{pull.folder} is already {pull.result['status']}: remove it to pull again", file=sys.stderr)
+            pull.report_end(EXIT_CODE[pull.result["status"]])
+    stop_signals: list[int] = []
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        nonlocal stop_signal
-        stop_signal = number
+        stop_signals.append(number)
 
     previous_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    step, val, diverged_at = start_step, None, -1
-    verdict: Verdict | None = None
-    saved_step = start_step if saved else -1
-    started = time.perf_counter()
-
-    def seconds() -> float:
-        return seconds_before + time.perf_counter() - started
-
-    def costs() -> dict[str, float]:
-        return {
-            "cost/flops": flops_per_token * step * c.batch_tokens,
-            "cost/device_seconds": seconds(),
-            "cost/money": seconds() / 3600 * c.price_per_hour,
-        }
-
-    def save() -> None:
-        nonlocal saved_step
-        state = {
-            "step": step,
-            "tokens": step * c.batch_tokens,
-            "guard": guard.state(),
-            "loader": {"data_seed": data_seed, "next_step": step, "shards": manifest["fingerprint"]},
-            "seconds": seconds(),
-            "threads": torch.get_num_threads(),
-            "run_id": tracker.id,
-            "config": config,
-            "bos_id": bos_id,
-            "eos_id": eos_id,
-        }
-        checkpoint.save(pull, model, optimizers, state, folder / "tokenizer", keep_step=guard.keep_before)
-        saved_step = step
-
-    def tell(verdict: Verdict, tokens: int) -> None:
-        progress.say(str(verdict))
-        tracker.alert("diverged", f"{name}: {verdict}")
-        tracker.summary({"diverged_at_tokens": tokens, "verdict": str(verdict)})
-
-    status, exit_code = "crashed", 1
     try:
-        if saved_step < 0:
-            save()  # a pull that is lost in its first steps leaves its initial weights, and a killed one its run id
-        while step < steps and not stop_signal:
-            step_started = time.perf_counter()
-            last = step + 1 == steps
-            logs = (step + 1) % c.log_every == 0 or last
-            lr = optim.learning_rate(
-                step,
-                steps,
-                schedule=c.schedule,
-                peak=c.lr,
-                warmup=c.warmup,
-                decay=c.decay,
-                final=c.final_lr,
-            )
-            optim.set_learning_rate(optimizers, lr)
-            ids, targets = train_tokens.batch(step, c.batch_tokens // c.seq_len, data_seed)
-            probe: list[Tensor] | None = [] if logs else None
-            with torch.autocast(device, torch.bfloat16, enabled=c.dtype == "bfloat16"):
-                objective, nll = model.loss(ids.to(device), targets.to(device), c.z_loss, probe)
-            objective.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-            loss = nll.item()
-            verdict = guard.observe(step, loss, grad_norm.item()) or verdict
-            if verdict and diverged_at < 0:
-                diverged_at = step * c.batch_tokens
-                tell(verdict, diverged_at)
-            if verdict and c.on_divergence == "stop":
-                row = {"tokens": step * c.batch_tokens, "step": step + 1, "train/loss": loss, "train/lr": lr}
-                row |= {"stability/grad_norm": grad_norm.item(), "stability/loss_z": guard.loss_z}
-                tracker.log(row, step=step + 1)
-                break
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            step += 1
-            step_seconds = time.perf_counter() - step_started
-            rate = c.batch_tokens / step_seconds
-            row = {"tokens": step * c.batch_tokens, "step": step}
-            if logs:
-                row |= {
-                    "train/loss": loss,
-                    "train/lr": lr,
-                    "stability/grad_norm": grad_norm.item(),
-                    "stability/loss_z": guard.loss_z,
-                    "stability/max_attn_logit": max(logit.item() for logit in probe or []),
-                    "stability/update_rms": optim.update_rms(optimizers),
-                    "perf/tokens_per_second": rate,
-                    "perf/step_seconds": step_seconds,
-                    "perf/mfu": flops_per_token * rate / peak_flops,
-                }
-            if step % c.val_every == 0 or last:
-                val = validation.evaluate(model)
-                row |= val
-            if len(row) > 2:
-                tracker.log(row, step=step)
-            progress.update(step, loss, val["val/bpb"] if val else None, rate, guard.status)
-            if step % c.checkpoint_every == 0 or last:
-                save()
-        if step == steps and diverged_at < 0 and (verdict := guard.at_the_end(step)):
-            diverged_at = step * c.batch_tokens
-            tell(verdict, diverged_at)
-        if verdict and (c.on_divergence == "stop" or step == steps):
-            status = "diverged"
-            if c.on_divergence == "stop":
-                checkpoint.drop_since(pull, verdict.onset_step)
-        elif step < steps:
-            status = "stopped"
-            exit_code = 128 + stop_signal
-            if saved_step != step:
-                save()
-            tracker.mark_preempting()
-            progress.say(
-                f"stopped by {signal.Signals(stop_signal).name} at step {step}, saved: the same command resumes"
-            )
-        else:
-            status = "spiked" if guard.spikes else "ok"
-            if val is None:  # killed between its last checkpoint and its end
-                val = validation.evaluate(model)
-                tracker.log({"tokens": step * c.batch_tokens, "step": step, **val}, step=step + 1)
-            texts = sample_texts(model, validation, folder / "tokenizer", eos_id, config["sample_seed"])
-            rows = [[step, step * c.batch_tokens, prompt, text] for prompt, text in texts]
-            tracker.table("samples", ["step", "tokens", "prompt", "text"], rows, step=step)
-            tracker.artifact(f"model-{name}", "model", [checkpoint.folders(pull)[-1]], {"step": step, **val})
-        exit_code = EXIT_CODE.get(status, exit_code)
-    except OSError as refusal:
-        if refusal.errno in console.MACHINE_SAYS_NO:
-            status, exit_code = "stopped", console.EXIT_USER
-            kept_step = f"the last checkpoint is step {saved_step}" if saved_step >= 0 else "nothing was saved yet"
-            progress.say(f"stopped at step {step} ({refusal.strerror}); {kept_step}")
-        raise
+        groups = resumable_together([pull for pull in pulls if not pull.result])
+        team.see_the_same(f"--out {c.out}", repr([(step, [pull.name for pull in group]) for step, group in groups]))
+        for first_step, group in groups:
+            if not team.sum_(torch.tensor([len(stop_signals)], device=c.device)):
+                train_together(group, c, manifest, first_step, stop_signals)
     finally:
-        progress.close()
-        # val/loss is left alone: W&B keeps its minimum there.
-        final = {"val/bpb": val["val/bpb"]} if val else {}
-        spent = costs()
-        tracker.summary({"status": status, "tokens": step * c.batch_tokens, **final, **spent})
-        tracker.finish(exit_code)
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
+        for pull in pulls:
+            pull.release()
+    results = [pull.result for pull in pulls if pull.result]
+    if not team.is_first:
+        pass
+    elif len(pulls) == 1:
+        console.print_result(results[0], as_json=c.json)
+    elif c.json:
+        console.print_result({"pulls": results}, as_json=True)
+    else:
+        for r in results:
+            print(f"{r['name']}  {r['status']}  val/bpb {r['val/bpb']}  {r['checkpoint']}")
+    sys.stdout.flush()
+    team.part()
+    if stop_signals:
+        return 128 + stop_signals[0]
+    return min(EXIT_CODE[r["status"]] for r in results)
 
-    kept = checkpoint.folders(pull)
-    result = {
-        "name": name,
-        "status": status,
-        "val/bpb": val["val/bpb"] if val and math.isfinite(val["val/bpb"]) else None,
-        **({"baseline/kn5_bpb": baseline["val_bpb"]} if baseline else {}),
-        "tokens": step * c.batch_tokens,
-        "device_seconds": round(spent["cost/device_seconds"], 1),
-        "tokens_per_second": round(
-            (step - start_step) * c.batch_tokens / max(1e-9, spent["cost/device_seconds"] - seconds_before)
-        ),
-        "checkpoint": str(kept[-1]) if kept else None,
-        "run_id": tracker.id,
-    }
-    if status in EXIT_CODE:
-        console.write_atomic(pull / "result.json", json.dumps(result, ensure_ascii=False).encode())
-    console.print_result(result, as_json=c.json)
-    return exit_code
+
+def resumable_together(pulls: list[Pull]) -> list[tuple[int, list[Pull]]]:
+    """(step to go on from, pulls): all of them from the newest step that all have saved, or else each from its own.
+
+    A process that was killed between two pulls' saves left them a checkpoint apart. -1: from initial weights.
+    """
+    saved = {pull.name: {checkpoint.step_of(f) for f in checkpoint.folders(pull.folder)} or {-1} for pull in pulls}
+    if common := set.intersection(*saved.values()) if saved else set():
+        return [(max(common), pulls)]
+    groups: dict[int, list[Pull]] = {}
+    for pull in pulls:
+        groups.setdefault(max(saved[pull.name]), []).append(pull)
+    return sorted(groups.items())

@@ -10,7 +10,7 @@ import torch
 
 from console import UserError
 from pretrain import checkpoint, optim
-from pretrain.model import ModelConfig, Transformer
+from pretrain.model import ModelConfig, Transformer, hugging_face_weights, load_hugging_face_weights
 
 if TYPE_CHECKING:
     from tests.conftest import Pull
@@ -22,15 +22,25 @@ Parts = tuple[Transformer, list[torch.optim.Optimizer]]
 
 def parts(kind: Any, seed: int = 0) -> Parts:
     model = Transformer(ModelConfig(**SHAPE))
-    model.init_weights(seed)
-    optimizers = optim.make_optimizers(model, kind, betas=(0.9, 0.95), eps=1e-8, momentum=0.9, weight_decay=0.1)
+    model.init_weights([seed])
+    told: Any = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.1}
+    optimizers = optim.make_optimizers(optim.own_parameters(model, 0), model.config, kind, **told)
     optim.set_learning_rate(optimizers, 1e-2)
     return model, optimizers
 
 
+def write(
+    pull: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], state: dict[str, Any], *more: Any
+) -> Path:
+    """A checkpoint of what the training loop has in its hands."""
+    training = checkpoint.training_tensors(optim.own_parameters(model, 0), optimizers)
+    tensors = (checkpoint.snapshot(hugging_face_weights(model, 0)), checkpoint.snapshot(training))
+    return checkpoint.save(pull, *tensors, checkpoint.hugging_face_config(model.config, 1, 2), state, *more)
+
+
 def update(model: Transformer, optimizers: list[torch.optim.Optimizer]) -> None:
     """One step on data from torch's own generator, so that its state matters."""
-    model.loss(torch.randint(0, 64, (4, 8)), torch.randint(0, 64, (4, 8)), 0.0)[0].backward()
+    model(torch.randint(0, 64, (1, 4, 8)), torch.randint(0, 64, (1, 4, 8)), 0.0)[0].backward()
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -43,7 +53,7 @@ def save(tmp_path: Path, shards_folder: Path) -> Callable[..., Path]:
 
     def make(step: int, keep_step: int = -1) -> Path:
         state = {"step": step, "bos_id": 1, "eos_id": 2}
-        return checkpoint.save(tmp_path, model, optimizers, state, shards_folder / "tokenizer", keep_step)
+        return write(tmp_path, model, optimizers, state, shards_folder / "tokenizer", keep_step)
 
     return make
 
@@ -80,9 +90,13 @@ def test_a_loaded_checkpoint_goes_on_with_the_same_bits(kind: str, tmp_path: Pat
     for _ in range(3):
         update(model, optimizers)
     state = {"step": 3, "bos_id": 1, "eos_id": 2, "guard": {"best": float("inf")}}
-    folder = checkpoint.save(tmp_path, model, optimizers, state, shards_folder / "tokenizer")
+    folder = write(tmp_path, model, optimizers, state, shards_folder / "tokenizer")
     update(model, optimizers)
-    assert checkpoint.load(folder, resumed, fresh)["guard"] == {"best": float("inf")}
+    found, weights = checkpoint.load(folder)
+    assert found["guard"] == {"best": float("inf")}
+    load_hugging_face_weights(resumed, 0, weights)
+    own = optim.own_parameters(resumed, 0)
+    checkpoint.restore_training(checkpoint.load_training(folder, dict(own)), own, fresh)
     update(resumed, fresh)
     for mine, other in zip(resumed.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, other)
@@ -100,7 +114,7 @@ def test_a_save_that_fails_leaves_the_earlier_ones_alone(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     unwritable = {"step": 20, "bos_id": 1, "eos_id": 2, "x": object()}  # fails last, when the tensors are on disk
     with pytest.raises(TypeError):
-        checkpoint.save(tmp_path, *parts("adamw"), unwritable, shards_folder / "tokenizer")
+        write(tmp_path, *parts("adamw"), unwritable, shards_folder / "tokenizer")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000000", "step-00000010"]
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain import checkpoint, optim
-from pretrain.model import LOGIT_CHUNK, HeadLoss, ModelConfig, Transformer, max_attention_logit
+from pretrain import attention, checkpoint
+from pretrain.model import LOGIT_CHUNK, HeadLoss, ModelConfig, Transformer, load_hugging_face_weights
 
 if TYPE_CHECKING:
     from tests.conftest import Pull
@@ -20,13 +20,13 @@ SHAPE |= {"seq_len": 24, "qk_norm": False, "tie_embeddings": False, "rope_theta"
 
 def model(seed: int = 0, **changes: Any) -> Transformer:
     made = Transformer(ModelConfig(**SHAPE | changes))
-    made.init_weights(seed)
+    made.init_weights([seed] * made.config.pulls)
     return made
 
 
 def sentences(n: int, config: ModelConfig, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, config.vocab_size, (n, config.seq_len), generator=generator)
+    return torch.randint(3, config.vocab_size, (1, n, config.seq_len), generator=generator)
 
 
 @pytest.mark.parametrize(
@@ -43,16 +43,15 @@ def test_a_checkpoint_has_the_same_logits_in_transformers(
     c = pull.flags
     kept = {"vocab_size": 1536, "qk_norm": False, "tie_embeddings": True, **{k: c[k] for k in SHAPE if k in c}}
     ours = Transformer(ModelConfig(**{**SHAPE, **kept}))
-    told: Any = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.95, "weight_decay": 0.1}
-    checkpoint.load(pull.checkpoint, ours, optim.make_optimizers(ours, c.get("optimizer", "adamw"), **told))
+    load_hugging_face_weights(ours, 0, checkpoint.load(pull.checkpoint)[1])
     theirs = AutoModelForCausalLM.from_pretrained(pull.checkpoint)
     assert type(theirs).__name__ == family
     assert theirs.config.tie_word_embeddings == kept["tie_embeddings"]
     assert sum(p.numel() for p in theirs.parameters()) == ours.n_params()
     ids = sentences(4, ours.config)
     with torch.no_grad():
-        logits = ours.model(ids) @ ours.lm_head.weight.T
-        difference = (logits - theirs(ids).logits).abs().max()
+        logits = ours.lm_head(ours.model(ids)[0]).view(*ids[0].shape, -1)
+        difference = (logits - theirs(ids[0]).logits).abs().max()
     assert logits.std() > 0.5, "weights too small to tell two models apart"
     assert difference < 1e-4
 
@@ -79,7 +78,7 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) ->
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("spread", [1.0, 40.0])
-@pytest.mark.parametrize("tokens", [7, 2 * LOGIT_CHUNK + 300])
+@pytest.mark.parametrize("tokens", [7, 2 * LOGIT_CHUNK["cpu"] + 300])
 def test_head_loss_is_cross_entropy_plus_z_loss(tokens: int, spread: float, z_loss: float) -> None:
     """Value and both gradients, over several chunks, a fifth of the targets masked, also with huge logits."""
     generator = torch.Generator().manual_seed(tokens)
@@ -90,13 +89,21 @@ def test_head_loss_is_cross_entropy_plus_z_loss(tokens: int, spread: float, z_lo
     targets[0] = -1
     found: list[Any] = []
     wanted: list[Any] = []
-    for head, out, kind in ((HeadLoss.apply, found, torch.float32), (reference, wanted, torch.float64)):
+
+    def ours(h: Tensor, w: Tensor) -> list[Tensor]:
+        counts = (targets >= 0).sum()[None]
+        return [value[0] for value in HeadLoss.apply(h[None], w, targets[None], counts, z_loss)]
+
+    def textbook(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return reference(h, w, targets, z_loss)
+
+    for head, out, kind in ((ours, found, torch.float32), (textbook, wanted, torch.float64)):
         h, w = (tensor.to(kind, copy=True).requires_grad_() for tensor in (hidden, weight))
-        objective, nll = head(h, w, targets, z_loss)
+        objective, nll = head(h, w)
         (3 * objective).backward()
         out += [objective.detach(), nll.detach(), h.grad, w.grad]
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6 * spread)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=2e-5, atol=2e-6 * spread)
     assert not found[2][targets < 0].any(), "a masked position pulled on its hidden state"
 
 
@@ -105,12 +112,12 @@ def test_gradients_of_the_whole_model_are_those_of_autograd(qk_norm: bool) -> No
     """With tied embeddings, whose gradient comes from both ends."""
     ours, theirs = (model(tie_embeddings=True, qk_norm=qk_norm) for _ in range(2))
     ids, targets = sentences(3, ours.config), sentences(3, ours.config, seed=1)
-    targets[:, ::5] = -1
-    objective, nll = ours.loss(ids, targets, 1e-2)
+    targets[..., ::5] = -1
+    objective, nll, _ = ours(ids, targets, 1e-2)
     objective.backward()
-    expected, plain = reference(theirs.model(ids).flatten(0, 1), theirs.lm_head.weight, targets.flatten(), 1e-2)
+    expected, plain = reference(theirs.model(ids)[0][0], theirs.lm_head.weight, targets.flatten(), 1e-2)
     expected.backward()
-    torch.testing.assert_close((objective, nll), (expected, plain))
+    torch.testing.assert_close((objective, nll[0]), (expected, plain))
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, msg=name)
 
@@ -119,18 +126,18 @@ def test_token_nll_agrees_with_the_training_loss() -> None:
     """Masked targets count nothing in either; the mean over scored ones is the loss."""
     made = model()
     ids, targets = sentences(60, made.config), sentences(60, made.config, seed=1)  # 1,440 tokens: two chunks
-    targets[:, 3:7] = -1
+    targets[..., 3:7] = -1
     each = made.token_nll(ids, targets)
     assert each.shape == targets.shape and not each[targets < 0].any() and (each[targets >= 0] > 0).all()
-    torch.testing.assert_close(each.sum() / (targets >= 0).sum(), made.loss(ids, targets, 0.5)[1])
+    torch.testing.assert_close(each.sum() / (targets >= 0).sum(), made(ids, targets, 0.5)[1][0])
 
 
 def test_attention_sees_the_past_only() -> None:
     made = model()
     ids = sentences(1, made.config)
     changed = ids.clone()
-    changed[0, 15] = (ids[0, 15] + 1) % 300
-    before, after = made.model(ids), made.model(changed)
+    changed[..., 15] = (ids[..., 15] + 1) % 300
+    before, after = made.model(ids)[0], made.model(changed)[0]
     assert torch.equal(before[:, :15], after[:, :15]) and (before[:, 15:] != after[:, 15:]).any(dim=-1).all()
 
 
@@ -175,12 +182,62 @@ def test_largest_attention_logit_against_brute_force() -> None:
             for j in range(6)
         ]
         assert max(value for value, _ in every) > max(value for value, seen in every if seen)
-        assert max_attention_logit(q, k).item() == pytest.approx(max(value for value, seen in every if seen), rel=1e-5)
+        found = attention.max_logit(q, k, pulls=1).tolist()
+        assert found == pytest.approx([max(value for value, seen in every if seen)], rel=1e-5)
 
 
 def test_the_probe_reports_each_layer_and_changes_nothing() -> None:
     made = model()
     ids, targets = sentences(3, made.config), sentences(3, made.config, seed=1)
-    probe: list[Tensor] = []
-    assert made.loss(ids, targets, 0.0, probe)[0] == made.loss(ids, targets, 0.0)[0]
-    assert len(probe) == 2 and probe[0] != probe[1]
+    probed, plain = made(ids, targets, 0.0, probe=True), made(ids, targets, 0.0)
+    assert probed[0] == plain[0] and plain[2] is None and probed[2].shape == (1,)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "tie_embeddings": True}, {"document_start": 3}])
+def test_rows_of_a_batch_of_pulls_are_the_models_that_they_would_be_alone(changes: dict[str, Any]) -> None:
+    """Loss, largest logit, every gradient and every token's loss, each pull on data of its own."""
+    together = Transformer(ModelConfig(**SHAPE | changes, pulls=3))
+    together.init_weights([4, 5, 6])
+    ids, targets = (
+        torch.cat([sentences(5, together.config, seed) for seed in seeds]) for seeds in ((1, 2, 3), (7, 8, 9))
+    )
+    targets[1, :, ::3] = -1
+    objective, nll, top = together(ids, targets, 1e-3, probe=True)
+    objective.backward()
+    for row, seed in enumerate((4, 5, 6)):
+        alone = model(seed, **changes)
+        mine = slice(row, row + 1)
+        alone_objective, alone_nll, alone_top = alone(ids[mine], targets[mine], 1e-3, probe=True)
+        alone_objective.backward()
+        assert top is not None
+        torch.testing.assert_close((nll[mine], top[mine]), (alone_nll, alone_top))
+        for (name, batched), single in zip(together.named_parameters(), alone.parameters(), strict=True):
+            assert batched.grad is not None
+            torch.testing.assert_close(batched.grad[row], single.grad, rtol=1e-4, atol=1e-6, msg=name)
+        each = alone.token_nll(ids[mine], targets[mine])
+        torch.testing.assert_close(together.token_nll(ids, targets)[mine], each)
+        told: Any = {"prompt": [5, 6, 7], "new_tokens": 30, "stop_id": 2, "temperature": 1.0}
+        assert together.generate(**told, seeds=[1, 2, 3])[row] == alone.generate(**told, seeds=[row + 1])[0]
+        smaller = together.selected([row])
+        assert all(torch.equal(p, q) for p, q in zip(smaller.parameters(), alone.parameters(), strict=True))
+
+
+def test_a_document_mask_hides_other_documents_and_nothing_else() -> None:
+    """The hidden states of each document are those of the document alone in its window, wherever it lies."""
+    made = model(document_start=1)
+    ids = sentences(2, made.config)
+    ids[0, 0, [0, 9, 15]] = 1
+    ids[0, 1, [6]] = 1  # begins inside a document whose start it does not see
+    hidden = made.model(ids)[0].view(2, 24, -1)
+    for row, start, stop in ((0, 0, 9), (0, 9, 15), (0, 15, 24), (1, 0, 6), (1, 6, 24)):
+        alone = model().model(ids[:, row : row + 1, start:stop])[0][0]
+        torch.testing.assert_close(hidden[row, start:stop], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_activation_checkpoints_change_no_bit() -> None:
+    results = []
+    for kept in (False, True):
+        made = model(checkpoint_activations=kept)
+        made(sentences(3, made.config), sentences(3, made.config, seed=1), 0.0, probe=True)[0].backward()
+        results.append([p.grad for p in made.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
