@@ -71,11 +71,12 @@ def test_predicted_memory_is_near_the_measured_peak(
         assert found, err
         return 1024 * int(found.group(1))
 
-    def predicted(config: ModelConfig, setting: Setting) -> float:
+    def predicted(config: ModelConfig, setting: Setting) -> tuple[float, float]:
+        """Without and with the copies that are held while the first checkpoint is written, if that takes so long."""
         need = memory.predict(config, setting)
-        return need.on("cpu") - need.checkpoint
+        return need.on("cpu") - need.checkpoint, need.on("cpu")
 
-    empty = peak(TINY, SETTING) - predicted(TINY, SETTING)
+    empty = peak(TINY, SETTING) - predicted(TINY, SETTING)[0]
     for config, setting in (
         (replace(TINY, d_model=128, n_layers=5, n_heads=4, d_ff=352, pulls=4), SETTING),
         (
@@ -84,7 +85,8 @@ def test_predicted_memory_is_near_the_measured_peak(
         ),
     ):
         measured = peak(config, setting) - empty
-        assert predicted(config, setting) == pytest.approx(measured, rel=0.15)
+        least, most = predicted(config, setting)
+        assert 0.85 * least < measured < 1.15 * most
 
 
 def test_what_does_not_fit_is_told_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:

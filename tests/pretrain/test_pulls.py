@@ -66,7 +66,8 @@ def test_each_pull_of_a_batch_has_the_curve_that_it_has_alone(
     recipe: dict[str, Any], pulls: Callable[..., Any], pull: "Puller", tmp_path: Path
 ) -> None:
     """200 steps, seeds times learning rates, by what W&B recorded: within 1e-4 of the loss at every step."""
-    flags = {**recipe, "tokens": 512 * 200, "val_every": 100, "checkpoint_every": 100, "n_heads": 4, "n_kv_heads": 2}
+    flags = {**recipe, "tokens": 256 * 200, "batch_tokens": 256, "val_every": 100, "checkpoint_every": 100}
+    flags |= {"n_heads": 4, "n_kv_heads": 2}
     code, results = pulls(tmp_path / "together", offline=True, seed="3..4", lr="1e-3,4e-3", **flags)
     assert code == 0 and len(results) == 4
     found = curves(tmp_path / "together")
@@ -82,7 +83,7 @@ def test_each_pull_of_a_batch_has_the_curve_that_it_has_alone(
         same = [key for key in one.config if key not in ("out", "hardware")]
         assert {key: one.config[key] for key in same} == {key: other.config[key] for key in same}
         (result,) = [r for r in results if r["name"] == other.name]
-        assert result["tokens"] == 200 * 512 and Path(result["checkpoint"]).name == "step-00000200"
+        assert result["tokens"] == 200 * 256 and Path(result["checkpoint"]).name == "step-00000200"
 
 
 def test_a_pull_that_diverges_is_closed_and_the_others_do_not_notice(
