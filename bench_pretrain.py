@@ -97,7 +97,7 @@ def pull_step(batch: Batch, config: ModelConfig, parts: int = 1, compiled: bool 
                 objective, part_nll, top = model(part_ids, part_targets, 0.0, counts, number % LOG_EVERY == 0)
             objective.backward()
             nll += part_nll
-        norms = optim.grad_norms(model)
+        norms = optim.grad_norms(optim.parameter_norms(model))
         skipped = (~(nll.isfinite() & norms.isfinite())).float()
         for row in range(pulls):
             optim.hand_over(model, row, each[row])
@@ -384,7 +384,7 @@ def bench_tricks(c: Config, small: Batch, medium: Batch) -> list[dict[str, Any]]
     own = dict(model.named_parameters())
     trick(
         "gradient norm and clipping, against clip_grad_norm_",
-        lambda _: optim.clip(own, optim.grad_norms(model)[0], 1.0),
+        lambda _: optim.clip(own, optim.grad_norms(optim.parameter_norms(model))[0], 1.0),
         lambda _: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0),
     )
     fused = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)

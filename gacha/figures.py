@@ -12,6 +12,8 @@ from webpage import C, blank, literal
 
 RECIPES = [C["ok"], C["recipe1"], C["recipe2"], C["recipe3"], C["recipe4"]]
 BANDS = [C[f"band{i}"] for i in range(5)]
+BATCHES = 12
+"""Bad batches marked at most: the worst of them."""
 POINTS, POINTS_IN_ALL = 500, 24_000
 """Points drawn at most of a line and of a figure; each bucket keeps its lowest and highest, so no spike is lost."""
 SIBLINGS = 8
@@ -26,7 +28,7 @@ def build(report: dict[str, Any], pulls: list[Run]) -> dict[str, Any]:
     rows = [(row, runs_by_id[row["run_id"]]) for row in report["pulls"]]
     colours = {recipe["recipe"]: i % len(RECIPES) for i, recipe in enumerate(report["recipes"])}
     drawn = {
-        "loss": curves("train/loss", "nats per token", rows, colours, None),
+        "loss": mark_bad_batches(curves("train/loss", "nats per token", rows, colours, None), report["siblings"]),
         "bpb": curves("val/bpb", "bits per byte", rows, colours, report["baseline_bpb"]),
         "event": event(rows),
         "strip": strip(report),
@@ -153,6 +155,14 @@ def curves(metric: str, y_title: str, rows: list[Any], colours: dict[str, int], 
         figure.add_hline(y=baseline, line={"color": C["muted"], "width": 1, "dash": "dash"})
         text = f"Kneser–Ney 5-gram {baseline:.3f}"
         figure.add_annotation(x=0, xref="paper", y=baseline, text=text, showarrow=False, xanchor="left", yanchor="top")
+    return figure
+
+
+def mark_bad_batches(figure: Any, relations: dict[str, Any]) -> Any:
+    """A dotted line at each batch of data that raised the loss of several pulls."""
+    for batch in relations["bad_batches"][:BATCHES] if figure is not None else ():
+        line = {"color": C["spiked"], "width": 1, "dash": "dot"}
+        figure.add_vline(x=batch["tokens"], line=line, layer="below")
     return figure
 
 

@@ -11,6 +11,8 @@ from gacha.runs import Run
 from webpage import NONE, duration, figure, icon, si
 
 HERE = Path(__file__).parent
+LISTED = 12
+"""Rows at most of a table of the siblings' section; report.json has all."""
 SAMPLES = 6
 """At most this many rows of the best pull's table of samples are shown."""
 MEANING = {
@@ -31,6 +33,7 @@ def build(report: dict[str, Any], pulls: list[Run]) -> str:
             hero(report),
             table(report),
             curve_section(report, drawn),
+            sibling_section(report),
             odds_section(report, drawn),
             cost_section(report),
             sample_section(report, pulls),
@@ -222,6 +225,8 @@ def curve_section(report: dict[str, Any], drawn: dict[str, Any]) -> str:
     )
     if first:
         legend += '<li><i style="background:var(--diverged)"></i>diverged</li>'
+    if report["siblings"]["bad_batches"]:
+        legend += '<li><i class="batch"></i>bad batch</li>'
     if {"crashed", "stopped", "running"} & report["status"].keys():
         legend += '<li><i class="dotted"></i>did not finish</li>'
     return f"""<section><h2>Curves</h2><ul class="legend">{legend}</ul>
@@ -229,6 +234,84 @@ def curve_section(report: dict[str, Any], drawn: dict[str, Any]) -> str:
 {figure("bpb", drawn, "Validation, bits per byte", "Comparable across tokenizers; lower is better.")}</div>
 {figure("event", drawn, "The moment it diverged", f"{name} before it was stopped; its finished siblings in blue.")}
 </section>"""
+
+
+def sibling_section(report: dict[str, Any]) -> str:
+    """What only shows beside sibling runs: bad batches, spikes of one pull alone, failures without a spike."""
+    relations = report["siblings"]
+    parts = []
+    if found := relations["above"]:
+        rows = []
+        for row in found[:LISTED]:
+            by = f"{row['siblings']} other seed{'s' * (row['siblings'] != 1)} of its recipe"
+            if row["setting"] is not None:
+                theirs = ", ".join(map(setting, row["theirs"][:4])) + " …" * (len(row["theirs"]) > 4)
+                by = f"{row['siblings']} pulls with {row['setting']} {theirs}, not {setting(row['own'])}"
+            share = f" · {row['share']:.0%}" if math.isfinite(row["share"]) else ""
+            rows.append(
+                [
+                    webpage.words(str(row["name"])),
+                    f'<td class="text">{escape(by)}</td>',
+                    webpage.number(row["step"], f"{row['step']:,}{share}"),
+                    webpage.number(row["z"], f"{row['z']:.1f}"),
+                    webpage.number(row["excess_nats"], f"{row['excess_nats']:+.3f}"),
+                    webpage.number(row["end_excess_nats"], f"{row['end_excess_nats']:+.3f}" + " back" * row["back"]),
+                ]
+            )
+        heads = ["Pull", "Above", "#Known at step", "#z", "#Nats then", "#Nats at its end"]
+        note = (
+            "Training loss against that of the siblings at the same step, in blocks of the run: known where a CUSUM "
+            "of the excess, in sd of what a further sibling would scatter, passes 5. No spike is needed for it."
+        )
+        parts.append(related("Far above their siblings", heads, rows, len(found), note))
+    if found := relations["bad_batches"]:
+        rows = [
+            [
+                webpage.number(batch["step"], f"{batch['step']:,}"),
+                webpage.number(batch["until"], f"{batch['until']:,}"),
+                webpage.number(batch["excess"], f"{batch['excess']:+.3f}"),
+                webpage.number(len(batch["runs"]), f"{len(batch['runs'])} of {batch['of']}"),
+                webpage.number(batch["p"], f"{batch['p']:.1e}"),
+                f'<td class="text">{escape(which(batch["runs"], batch["of"]))}</td>',
+            ]
+            for batch in found[:LISTED]
+        ]
+        heads = ["#Step", "#Until", "#Nats above the trend", "#Pulls", "#By chance", "Which"]
+        note = (
+            "A spike at the same step of pulls that share their data order belongs to the batch, not to the training; "
+            "step n met the batch of data step n - 1. "
+            "By chance: how likely the coincidence is, given how often these pulls have such outliers anyway."
+        )
+        parts.append(related("Bad batches", heads, rows, len(found), note))
+    if found := relations["alone"]:
+        rows = [
+            [
+                webpage.words(str(event["name"])),
+                webpage.number(event["step"], f"{event['step']:,}"),
+                webpage.number(event["until"], f"{event['until']:,}"),
+                webpage.number(event["excess"], f"{event['excess']:+.3f}"),
+                webpage.number(event["siblings_with_step"], f"0 of {event['siblings_with_step']}"),
+            ]
+            for event in found[:LISTED]
+        ]
+        heads = ["Pull", "#Step", "#Until", "#Nats above its trend", "#Siblings too"]
+        note = "The same batch left every sibling on its trend: these spikes are of the pull, not of the data."
+        parts.append(related("Spikes of one pull alone", heads, rows, len(found), note))
+    if not parts:
+        return ""
+    return f"<section><h2>Siblings</h2>{''.join(parts)}</section>"
+
+
+def which(names: list[str], of: int) -> str:
+    """The first four of the names, or all where they are."""
+    return "all" if len(names) == of else ", ".join(names[:4]) + " …" * (len(names) > 4)
+
+
+def related(title: str, heads: list[str], rows: list[list[str]], found: int, note: str) -> str:
+    """One table of the siblings' section."""
+    more = f" The {len(rows)} largest of {found:,} are shown." if found > len(rows) else ""
+    return f"""<div class="related"><h3>{title}</h3>{webpage.table(title, heads, rows)}
+<p class="caption">{note}{more}</p></div>"""
 
 
 def odds_section(report: dict[str, Any], drawn: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import tyro
 
 import console
 from console import UserError
-from gacha import odds, runs
+from gacha import odds, runs, siblings
 from gacha.runs import Run
 
 FINISHED = ("ok", "spiked")
@@ -114,6 +114,7 @@ def summarise(pulls: list[Run], source: str) -> dict[str, Any]:
         "best": best_pull(rows),
         "baseline_bpb": next((x for run in pulls if math.isfinite(x := number(run.summary, "baseline/kn5_bpb"))), None),
         "cost": costs(rows),
+        "siblings": siblings.compare(pulls, recipes, varied),
         "damaged": sum(run.damaged for run in pulls),
     }
 
@@ -310,6 +311,13 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
             told[f"diverged {recipe['recipe']}"] = (
                 f"{p['k']} of {p['n']} ({p['p']:.0%}, 95% {p['lo']:.0%} to {p['hi']:.0%})"
             )
+    relations = report["siblings"]
+    if met := relations["bad_batches"]:
+        told["bad batches"] = "at steps " + ", ".join(str(step) for step in sorted(batch["step"] for batch in met[:8]))
+    for row in [row for row in relations["above"] if not row["back"]][:8]:
+        told[f"above its siblings {row['name']}"] = (
+            f"from step {row['step']}, {row['end_excess_nats']:+.3f} nats at its end"
+        )
     total = report["cost"]["total"]
     money = " + ".join(f"{amount:.4g} {currency}" for currency, amount in total["money"].items())
     told["cost"] = f"{total['flops']:.3g} FLOPs, {total['seconds']:,.0f} device seconds" + (money and f", {money}")

@@ -21,13 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from console import UserError
+from console import UserError, write_atomic
 from pretrain import ranks
 from pretrain.model import ModelConfig
 
 STATE_JSON, STATE_TENSORS, WEIGHTS = "training_state.json", "training_state.safetensors", "model.safetensors"
 STATE_SHARDS = "training_state"
-FORMAT = 2  # of the training state; 1 had an optimizer entry for each of Hugging Face's matrices
+CLIP_STATE = "clip/state"
+FORMAT = 3  # of the training state; 2 had another guard's, and 1 an optimizer entry for each of Hugging Face's matrices
 KEPT = 2  # checkpoints of a pull
 
 
@@ -132,9 +133,26 @@ def drop_since(pull: Path, onset_step: int) -> None:
 
     The initial weights stay in any case.
     """
-    for folder in folders(pull):
+    for folder in reversed(folders(pull)):
         if step_of(folder) >= max(1, onset_step):
-            shutil.rmtree(folder)
+            dropped = folder.with_name(f".{folder.name}.part")  # a kill must not leave half of one under its name
+            shutil.rmtree(dropped, ignore_errors=True)
+            folder.rename(dropped)
+            shutil.rmtree(dropped)
+
+
+def amend(folder: Path, changes: dict[str, Any]) -> None:
+    """Change entries of a checkpoint's training_state.json, all at once."""
+    state = json.loads((folder / STATE_JSON).read_bytes())
+    write_atomic(folder / STATE_JSON, _as_json({**state, **changes}))
+
+
+def retries(folder: Path) -> int:
+    """How often its pull had gone back when a checkpoint was saved, or last gone back to; 0 where it does not say."""
+    try:
+        return int(json.loads((folder / STATE_JSON).read_bytes())["recovery"]["retries"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -190,10 +208,15 @@ def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def training_tensors(parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Optimizer state, as `index of the optimizer/parameter/field`, and the state of torch's random generators."""
+def training_tensors(
+    parameters: dict[str, nn.Parameter],
+    optimizers: list[torch.optim.Optimizer],
+    clip_state: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Optimizer state, as `index of the optimizer/parameter/field`, that of clipping, and of the random generators."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     tensors = {"rng.cpu": torch.get_rng_state()}
+    tensors |= {CLIP_STATE: clip_state} if clip_state is not None and clip_state.numel() else {}
     tensors |= {"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return tensors | {
         f"{index}/{names[parameter]}/{field}": tensor
@@ -204,7 +227,10 @@ def training_tensors(parameters: dict[str, nn.Parameter], optimizers: list[torch
 
 
 def restore_training(
-    tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
+    tensors: dict[str, Tensor],
+    parameters: dict[str, nn.Parameter],
+    optimizers: list[torch.optim.Optimizer],
+    clip_state: Tensor | None = None,
 ) -> None:
     """Put `training_tensors` back."""
     for key, tensor in tensors.items():
@@ -213,6 +239,9 @@ def restore_training(
         elif key == "rng.cuda":
             if torch.cuda.is_available():
                 torch.cuda.set_rng_state(tensor)
+        elif key == CLIP_STATE:
+            assert clip_state is not None
+            clip_state.copy_(tensor)
         else:
             index, name, field = key.split("/")
             parameter = parameters[name]
@@ -234,4 +263,8 @@ def _errno_in(message: str) -> int:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    path.write_bytes(_as_json(value))
+
+
+def _as_json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()

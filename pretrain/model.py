@@ -48,6 +48,12 @@ class ModelConfig:
     """d_model, n_layers and head_dim at which mup is the same as sp"""
     base_depth: int = 0
     base_head_dim: int = 0
+    embedding_scale: float = 1.0
+    """what embedded tokens are multiplied by, folded into the weights' initial values and steps"""
+    init: Literal["small", "plain"] = "small"
+    """plain: o_proj and down_proj are drawn as all other matrices"""
+    init_std: float = 0.0
+    """std of the matrices; 0: sqrt(2 / (5 d_model))"""
 
     @property
     def head_dim(self) -> int:
@@ -166,7 +172,7 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor, probe: bool = False) -> tuple[Tensor, Tensor | None]:
         """Hidden states (pulls, batch * length, d_model) of `ids` (pulls, batch, length).
 
-        With `probe` also the largest attention logit of each pull (pulls,), see `attention.max_logit`.
+        With `probe` also the largest attention logit of each layer (layers, pulls), see `attention.max_logit`.
         """
         x = self.embed_tokens(ids)
         rotary = self.rotary[:, : ids.size(2)].to(x.dtype)
@@ -179,7 +185,7 @@ class Decoder(nn.Module):
             else:
                 x, top = layer(x, rotary, mask, probe)
             tops.append(top)
-        return self.norm(x), torch.stack(tops).amax(0) if probe else None
+        return self.norm(x), torch.stack(tops) if probe else None
 
 
 class Transformer(nn.Module):
@@ -232,9 +238,9 @@ class Transformer(nn.Module):
         `ids`, `targets` (pulls, batch, length); targets of -1 are not scored. The sums over tokens are divided by
         `counts` (pulls,): the scored tokens of the whole batch where this call sees only a part of it, else of this
         call. The objective adds z_loss * log(Z)^2 (PaLM, eq. 5.1); the second value (pulls,) never does. The third is
-        each pull's largest attention logit, with `probe`.
+        each layer's largest attention logit (layers, pulls), with `probe`.
         """
-        hidden, top = self.model(ids, probe)
+        hidden, tops = self.model(ids, probe)
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -242,7 +248,7 @@ class Transformer(nn.Module):
         counts = (targets >= 0).sum(1) if counts is None else counts
         with torch.autocast(device, enabled=False):  # HeadLoss chooses each of its dtypes itself
             objective, nll = HeadLoss.apply(hidden, self.lm_head.weight, targets, counts, z_loss)
-        return objective.sum(), nll, top
+        return objective.sum(), nll, tops
 
     @torch.no_grad()
     def token_nll(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -272,7 +278,9 @@ class Transformer(nn.Module):
             window = ids[:, None, -self.config.seq_len :].to(device)
             last = self.model(window)[0][:, -1:]
             logits = self.lm_head(last)[:, 0].float().cpu()
-            rows = zip(F.softmax(logits / temperature, dim=-1), generators, strict=True)
+            # A pull that is not finite, and trained on (--on_divergence ignore), may say anything.
+            likely = F.softmax(logits / temperature, dim=-1).nan_to_num(1.0)
+            rows = zip(likely, generators, strict=True)
             drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
             ranks.as_on_first(drawn)
             ids = torch.cat((ids, drawn), dim=1)

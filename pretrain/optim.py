@@ -66,18 +66,21 @@ class Muon(torch.optim.Optimizer):
     gathered, and every rank takes its rows of the same update), and `parts`, the row slices that are matrices.
 
     Where `found_inf`, a tensor, is 1, a step changes nothing: GradScaler's convention, which torch's fused AdamW
-    follows too.
+    follows too. Where `measures`, it keeps the `squares` of its updates for `step_squares`.
     """
 
     found_inf: Tensor | None = None
+    measures = False
+    squares: dict[Tensor, Tensor]
 
     def __init__(self, groups: list[dict], momentum: float) -> None:
         super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        self.squares = {}
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[tuple[Tensor, slice, Tensor]]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, slice, Tensor]]] = defaultdict(list)
             for parameter, rows, parts in zip(group["params"], group["rows"], group["parts"], strict=True):
                 assert parameter.grad is not None
                 buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
@@ -92,11 +95,15 @@ class Muon(torch.optim.Optimizer):
                     first, stop, _ = part.indices(rows)
                     low, high = min(max(begin, first), end), max(begin, min(end, stop))
                     held, update = parameter[low - begin : high - begin], slice(low - first, high - first)
-                    by_shape[direction[part].shape].append((held, update, direction[part]))
+                    by_shape[direction[part].shape].append((parameter, held, update, direction[part]))
             for shape, pieces in by_shape.items():
-                updates = orthogonalize(torch.stack([direction for _, _, direction in pieces]))
-                scale = group["lr"] * 0.2 * math.sqrt(max(shape))
-                for (held, own, _), update in zip(pieces, updates, strict=True):
+                updates = orthogonalize(torch.stack([direction for *_, direction in pieces]))
+                size = 0.2 * math.sqrt(max(shape))
+                scale = group["lr"] * size
+                for (parameter, held, own, _), update in zip(pieces, updates, strict=True):
+                    if self.measures:
+                        square = (size * torch.linalg.vector_norm(update[own])).square()
+                        self.squares[parameter] = self.squares.get(parameter, 0) + square
                     new = (held * (1 - group["lr"] * group["weight_decay"])).sub_(update[own], alpha=scale)
                     held.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, held, new))
 
@@ -162,11 +169,16 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> Non
 
 
 @torch.no_grad()
-def grad_norms(model: Transformer, sharers: ranks.Ranks = ranks.ALONE) -> Tensor:
-    """L2 norm of each pull's gradient, (pulls,); `sharers` are the ranks that each hold a part of it."""
+def parameter_norms(model: Transformer) -> Tensor:
+    """L2 norm of the gradient of each parameter of each pull, (parameters, pulls), of the rows on this rank."""
     grads = [ranks.local(p.grad) for p in model.parameters() if p.grad is not None]
-    norms = [torch.linalg.vector_norm(grad.reshape(model.config.pulls, -1), dim=1) for grad in grads]
-    norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return torch.stack([torch.linalg.vector_norm(grad.reshape(model.config.pulls, -1), dim=1) for grad in grads])
+
+
+@torch.no_grad()
+def grad_norms(norms: Tensor, sharers: ranks.Ranks = ranks.ALONE) -> Tensor:
+    """L2 norm of each pull's gradient, (pulls,), from `parameter_norms`; `sharers` are the ranks with a part of it."""
+    norm = torch.linalg.vector_norm(norms, dim=0)
     return norm if sharers.world == 1 else sharers.sum_(norm.square()).sqrt()
 
 
@@ -179,24 +191,42 @@ def clip(parameters: dict[str, nn.Parameter], norm: Tensor, largest: float) -> N
 
 
 @torch.no_grad()
-def update_rms(optimizers: list[torch.optim.Optimizer], sharers: ranks.Ranks = ranks.ALONE) -> Tensor:
+def update_rms(optimizers: list[torch.optim.Optimizer]) -> Tensor:
     """RMS over AdamW's parameters of m / (sqrt(v) + eps), the step just taken in units of the learning rate.
 
-    `sharers` are the ranks that each have a part of these.
     Near 1 early and some tenths later in a healthy run; falling to 0 means an epsilon too large (Wortsman et al. 2023).
     """
-    total, count = torch.zeros(()), 0
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                state = optimizer.state[parameter]
-                if "exp_avg" not in state:
-                    continue
-                beta1, beta2 = group["betas"]
-                m = state["exp_avg"] / (1 - beta1 ** state["step"])
-                v = state["exp_avg_sq"] / (1 - beta2 ** state["step"])
-                squares = (m / (v.sqrt() + group["eps"])).square().sum()
-                total, count = total.to(squares.device) + squares, count + parameter.numel()
-    if sharers.world > 1:
-        total, count = sharers.sum_(torch.stack((total, torch.full_like(total, count))))
-    return (total / count).sqrt()
+    squares = adamw_squares(optimizers[-1])
+    return (torch.stack([*squares.values()]).sum() / sum(parameter.numel() for parameter in squares)).sqrt()
+
+
+@torch.no_grad()
+def step_squares(parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> Tensor:
+    """Sum of squares over each of a pull's `parameters` of the step just taken in units of the learning rate.
+
+    Without weight decay, (parameters,), of the rows on this rank. Muon's are of a step that it took with `measures`.
+    """
+    found = adamw_squares(optimizers[-1])
+    for optimizer in optimizers[:-1]:
+        assert isinstance(optimizer, Muon)
+        found |= optimizer.squares
+    return torch.stack([found[parameter] for parameter in parameters.values()])
+
+
+def adamw_squares(adamw: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """Sum of squares of m / (sqrt(v) + eps) over each parameter that has had a gradient.
+
+    The corrections of both moments' bias are taken out of the elements' arithmetic: one pass over memory less for each.
+    """
+    squares: dict[Tensor, Tensor] = {}
+    for group in adamw.param_groups:
+        beta1, beta2 = group["betas"]
+        for parameter in group["params"]:
+            state = adamw.state[parameter]
+            if "exp_avg" not in state:
+                continue
+            root = (1 - beta2 ** state["step"]).sqrt()
+            size = state["exp_avg_sq"].sqrt().add_(group["eps"] * root)
+            torch.div(state["exp_avg"], size, out=size)
+            squares[parameter] = (torch.linalg.vector_norm(size) * root / (1 - beta1 ** state["step"])).square()
+    return squares

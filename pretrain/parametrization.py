@@ -1,7 +1,8 @@
 """How initial weights, learning rates, epsilons and decays follow the model's size: SP, or μP with CompleteP's depth.
 
 SP (what everyone trains): every matrix is drawn with std = sqrt(2 / (5 d_model)), residual outputs with that divided by
-sqrt(2 n_layers) (Takase et al. 2023), every norm's gain is 1, one learning rate for all.
+sqrt(2 n_layers) (Takase et al. 2023), every norm's gain is 1, one learning rate for all. `init` and `init_std` change
+that draw, `embedding_scale` is what embedded tokens are multiplied by.
 
 μP: hyper-parameters tuned at a base size hold at another. In the forward-multiplier form of Yang et al. 2022 (Tensor
 Programs V, tables 3 and 8) and Dey et al. 2025 (CompleteP, table 1, alpha = 1), with width m = d_model / base_width,
@@ -26,6 +27,8 @@ divided (Yang et al. 2022, lemma J.1: neither Adam's step nor Muon's sees the gr
     1/m of the logits   into lm_head; with tied embeddings into the final norm's gain, which only the head reads
     1/sqrt(h)           into q_norm's gain; without QK-norm every row of qkv_proj takes h^(-1/4), which gives q.k its
                         h^(-1/2) and v an h^(-1/4) that o_proj undoes (rows of one matrix cannot have their own lr)
+    embedding_scale     into embed_tokens; where the head is the same matrix and must not be scaled, divided out of the
+                        final norm's gain
 
 Muon on hidden matrices: a step's spectral norm is lr * 0.2 sqrt(max(rows, columns)) and should be of the order of
 sqrt(rows / columns) (Yang, Simon & Bernstein 2023, condition 1), which is constant where all widths grow together: the
@@ -59,16 +62,21 @@ def rule(name: str, config: "ModelConfig", optimizer: Literal["adamw", "muon"]) 
     c = config
     in_block, gain = ".layers." in name, name.endswith("norm.weight")
     residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-    if c.parametrization == "sp":
-        std = math.sqrt(2 / (5 * c.d_model)) / (math.sqrt(2 * c.n_layers) if residual else 1.0)
-        return Rule(init=1.0 if gain else std)
-
-    m, r, h = c.d_model / c.base_width, c.n_layers / c.base_depth, c.head_dim / c.base_head_dim
-    std = math.sqrt(2 / (5 * c.base_width)) / (math.sqrt(2 * c.base_depth) if residual else 1.0)
+    base_width, base_depth, base_head = c.d_model, c.n_layers, c.head_dim  # SP: every model is its own base
+    if c.parametrization == "mup":
+        base_width, base_depth, base_head = c.base_width, c.base_depth, c.base_head_dim
+    m, r, h = c.d_model / base_width, c.n_layers / base_depth, c.head_dim / base_head
+    std = c.init_std or math.sqrt(2 / (5 * base_width))
+    if residual and c.init == "small":
+        std /= math.sqrt(2 * base_depth)
     if not in_block:
         plain, multiplier = Rule(init=1.0 if gain else std, eps=1 / m), 1.0
         if name == ("model.norm.weight" if c.tie_embeddings else "lm_head.weight"):
             multiplier = 1 / m
+        if name == "model.embed_tokens.weight":
+            multiplier = c.embedding_scale
+        elif c.tie_embeddings:
+            multiplier /= c.embedding_scale
     elif gain:
         plain = Rule(init=1.0, eps=1 / (m * r))
         multiplier = h**-0.5 if name.endswith("q_norm.weight") else 1.0

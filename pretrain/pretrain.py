@@ -21,12 +21,13 @@ import torch
 import console
 import tracking
 from data import shards
-from pretrain import checkpoint, grid, memory, ranks
+from pretrain import checkpoint, faults, grid, memory, ranks
 from pretrain.device import keep_freed_memory
 from pretrain.model import Transformer
 from pretrain.pull import EXIT_CODE, Pull, home
+from pretrain.shape import micro_batch, model_config
 from pretrain.stability import Guard
-from pretrain.together import micro_batch, model_config, train_together
+from pretrain.together import train_together
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class PretrainConfig:
     seq_len: int = 256
     """tokens that a position can see, and are trained on together"""
     qk_norm: bool = False
-    """RMSNorm on queries and keys (the checkpoint is then a Qwen3)"""
+    """RMSNorm on queries and keys (the checkpoint is then a Qwen3): bounds attention logits (Dehghani et al. 2023)"""
     tie_embeddings: bool = True
     """the output head is the embedding"""
     rope_theta: float = 10_000.0
@@ -73,7 +74,7 @@ class PretrainConfig:
     norm_eps: float = 1e-6
     """epsilon of the RMSNorms"""
     z_loss: float = 0.0
-    """weight of log(Z)^2 in the objective (PaLM: 1e-4)"""
+    """weight of log(Z)^2 in the objective, against output logits that drift (PaLM, Chowdhery et al. 2022: 1e-4)"""
     doc_mask: bool = False
     """attention stays within a document"""
     parametrization: Literal["sp", "mup"] = "sp"
@@ -84,6 +85,12 @@ class PretrainConfig:
     """mup: n_layers at which lr was tuned; 0: n_layers, no rule of depth"""
     base_head_dim: int = 0
     """mup: units of a head at which lr was tuned; 0: the model's own"""
+    embedding_scale: float = 1.0
+    """what embedded tokens are multiplied by; sqrt(d_model): the residual stream begins near 1 (Takase et al. 2023)"""
+    init: Literal["small", "plain"] = "small"
+    """small: o_proj and down_proj are drawn with std / sqrt(2 n_layers) (Takase et al. 2023); plain: as all matrices"""
+    init_std: float = 0.0
+    """std of initial matrices (mup: at the base size); 0: sqrt(2 / (5 d_model)) (Nguyen & Salazar 2019)"""
 
     tokens: int = 1_000_000
     """budget: tokens to train on, rounded down to whole batches; beyond one epoch the windows come again, reordered"""
@@ -100,7 +107,7 @@ class PretrainConfig:
     schedule: Literal["wsd", "cosine"] = "wsd"
     """warmup-stable-decay, or cosine after the warm-up"""
     warmup: float = 0.05
-    """share of the budget with rising learning rate"""
+    """share of the budget with rising learning rate; a longer one bears higher rates (Wortsman et al. 2023)"""
     decay: float = 0.3
     """wsd: share of the budget with falling learning rate"""
     final_lr: float = 0.0
@@ -110,16 +117,29 @@ class PretrainConfig:
     beta1: float = 0.9
     """AdamW: decay of the first moment"""
     beta2: float = 0.95
-    """AdamW: decay of the second moment"""
+    """AdamW: decay of the second moment; a slow one meets sudden gradients with large updates (Molybog et al. 2023)"""
     eps: float = 1e-8
-    """AdamW's epsilon"""
+    """AdamW's epsilon; where gradients are smaller than it, updates vanish without a spike (Wortsman et al. 2023)"""
     momentum: float = 0.95
     """Muon's Nesterov momentum"""
     grad_clip: float = 1.0
-    """largest L2 norm of the gradient; 0: no clipping"""
+    """largest L2 norm of the gradient (Pascanu et al. 2013); 0: no such bound"""
+    clip: Literal["fixed", "zclip", "adagc"] = "fixed"
+    """fixed: by grad_clip; zclip: also by the norms so far (Kumar et al. 2025); adagc: each tensor by its own so far,
+    after 100 updates by grad_clip (Wang et al. 2025)"""
 
-    on_divergence: Literal["stop", "ignore"] = "stop"
-    """stop: end the pull with status diverged; ignore: train on and only record it (for studies of divergence)"""
+    on_divergence: Literal["stop", "skip", "rewind", "lower_lr", "ignore"] = "stop"
+    """stop: end the pull with status diverged; skip: leave out updates that are not finite or far out of bounds, and
+    hold a learning rate that leaps; rewind: go back to a checkpoint from before it and pass over the data since
+    (Chowdhery et al. 2022); lower_lr: go back likewise, and on at a lower rate; ignore: train on and only record it
+    (for studies of divergence)"""
+    max_retries: int = 3
+    """rewind, lower_lr: times that a pull may go back before it ends as diverged"""
+    retry_lr: float = 0.5
+    """lower_lr: what the learning rate is multiplied by each time"""
+    fault: str = ""
+    """faults planted on purpose, for studies of divergence: batch@120, repeat@120, lr*50@120-139, nan@120,
+    forget_moments@120, forget_count@120, restart_data@120, several with commas (faults.py says what each does)"""
     val_tokens: int = 131_072
     """validation tokens, the first of the val split; the whole split if it has fewer"""
     val_every: int = 50
@@ -209,7 +229,7 @@ def check(c: PretrainConfig) -> None:
     for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "seq_len", "tokens", "batch_tokens"):
         if getattr(c, name) < 1:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be at least 1")
-    for name in ("lr", "eps", "norm_eps", "rope_theta"):
+    for name in ("lr", "eps", "norm_eps", "rope_theta", "embedding_scale"):
         if not 0 < getattr(c, name) < math.inf:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be positive")
     for name in ("val_tokens", "val_every", "log_every", "checkpoint_every"):
@@ -221,7 +241,12 @@ def check(c: PretrainConfig) -> None:
     for name in ("beta1", "beta2", "momentum"):
         if not 0 <= getattr(c, name) < 1:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be at least 0 and below 1")
-    for name in ("z_loss", "weight_decay", "grad_clip", "price_per_hour", "base_width", "base_depth", "base_head_dim"):
+    sizes = ("base_width", "base_depth", "base_head_dim")
+    if not 0 < c.retry_lr < 1:
+        raise console.UserError(f"--retry_lr {c.retry_lr}: must be above 0 and below 1")
+    if c.max_retries < 0:
+        raise console.UserError(f"--max_retries {c.max_retries}: must be 0 or more")
+    for name in ("z_loss", "weight_decay", "grad_clip", "price_per_hour", "init_std", *sizes):
         if not 0 <= getattr(c, name) < math.inf:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be 0 or more")
     for name in ("seed", *sorted(SEEDS)):
@@ -236,6 +261,7 @@ def check(c: PretrainConfig) -> None:
             raise console.UserError(f"--{name} {getattr(c, name)} must be a multiple of --seq_len {c.seq_len}")
     if c.tokens < c.batch_tokens:
         raise console.UserError(f"--tokens {c.tokens} is less than one batch of {c.batch_tokens}: raise it")
+    faults.parse(c.fault, c.tokens // c.batch_tokens)
     if c.parametrization == "mup" and not c.base_width:
         raise console.UserError("--parametrization mup: needs --base_width, the d_model at which --lr was tuned")
     if c.compile and not any(map(shutil.which, ("g++", "clang++", "c++"))):
@@ -297,6 +323,7 @@ def train(asked: list[tuple[PretrainConfig, dict[str, str]]], manifest: dict[str
         pull.sweep_params = Path(extra["sweep_params"]) if "sweep_params" in extra else None
         pull.log_copy = Path(extra["log"]) if "log" in extra else None
         pull.told, pull.team = told, team
+        pull.planted = faults.parse(own.fault, steps)
         pulls.append(pull)
     if len({pull.name for pull in pulls}) < len(pulls):
         raise console.UserError("two of the pulls are the same: each must differ in a seed, --lr or --weight_decay")
@@ -315,18 +342,25 @@ def train(asked: list[tuple[PretrainConfig, dict[str, str]]], manifest: dict[str
 
     previous_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        groups = resumable_together([pull for pull in pulls if not pull.result])
-        team.see_the_same(f"--out {c.out}", repr([(step, [pull.name for pull in group]) for step, group in groups]))
-        for first_step, group in groups:
-            if not team.sum_(torch.tensor([len(stop_signals)], device=c.device)):
-                train_together(group, c, manifest, first_step, stop_signals)
+        waiting, stopped = [pull for pull in pulls if not pull.result], False
+        while waiting and not stopped:
+            team.wait()
+            groups = resumable_together(waiting)
+            team.see_the_same(f"--out {c.out}", repr([(step, [pull.name for pull in group]) for step, group in groups]))
+            for first_step, group in groups:
+                if not team.sum_(torch.tensor([len(stop_signals)], device=c.device)):
+                    train_together(group, c, manifest, first_step, stop_signals)
+            stopped = bool(team.sum_(torch.tensor([len(stop_signals)], device=c.device)))
+            waiting = [pull for pull in waiting if pull.went_back]
+            for pull in [] if stopped else waiting:
+                pull.rejoin()
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
         for pull in pulls:
             pull.release()
     results = [pull.result for pull in pulls if pull.result]
-    if not team.is_first:
+    if not team.is_first or not results:
         pass
     elif len(pulls) == 1:
         console.print_result(results[0], as_json=c.json)
@@ -345,9 +379,14 @@ def train(asked: list[tuple[PretrainConfig, dict[str, str]]], manifest: dict[str
 def resumable_together(pulls: list[Pull]) -> list[tuple[int, list[Pull]]]:
     """(step to go on from, pulls): all of them from the newest step that all have saved, or else each from its own.
 
-    A process that was killed between two pulls' saves left them a checkpoint apart. -1: from initial weights.
+    A process that was killed between two pulls' saves left them a checkpoint apart. -1: from initial weights. What was
+    saved before a pull went back is not on its way any more.
     """
-    saved = {pull.name: {checkpoint.step_of(f) for f in checkpoint.folders(pull.folder)} or {-1} for pull in pulls}
+    saved = {pull.name: set[int]() for pull in pulls}
+    for pull in pulls:
+        every = checkpoint.folders(pull.folder)
+        last = checkpoint.retries(every[-1]) if every else 0
+        saved[pull.name] = {checkpoint.step_of(f) for f in every if checkpoint.retries(f) == last} or {-1}
     if common := set.intersection(*saved.values()) if saved else set():
         return [(max(common), pulls)]
     groups: dict[int, list[Pull]] = {}

@@ -19,11 +19,13 @@ from torch import Tensor
 import console
 from data import shards
 from data.loader import TokenStream, ahead
-from pretrain import checkpoint, optim, ranks
+from pretrain import checkpoint, clip, faults, optim, ranks, responses
 from pretrain.device import data_sheet_flops, make_deterministic, measured_matmul_rate, size_name
-from pretrain.model import ModelConfig, Transformer, hugging_face_weights, load_hugging_face_weights, taken_apart
+from pretrain.model import Transformer, hugging_face_weights, load_hugging_face_weights, taken_apart
 from pretrain.progress import Progress
-from pretrain.pull import Pull
+from pretrain.pull import Pull, batch_of
+from pretrain.shape import micro_batch, model_config
+from pretrain.trace import Groups
 from pretrain.validate import Validation, sample_texts
 
 if TYPE_CHECKING:
@@ -31,13 +33,13 @@ if TYPE_CHECKING:
 
 # Steps that the host runs ahead of a GPU: what a step says of itself is read while the next is computed.
 LAG = {"cpu": 0, "cuda": 1}
-CACHED_TOKENS = 4096  # of all pulls in one pass on a CPU, whose cache holds that: a fifth faster than all at once
 
 
 class Seen(NamedTuple):
     """What an update said of itself.
 
-    `numbers` (5, pulls) are loss, gradient norm, largest logit, update RMS and whether a signal asks to stop.
+    `numbers` (rows, pulls) are loss, gradient norm, largest logit, update RMS, whether the update was skipped and
+    whether a signal asks to stop; then, where it `logs`, what a trace keeps.
     """
 
     step: int
@@ -46,38 +48,8 @@ class Seen(NamedTuple):
     numbers: Tensor
     arrived: torch.cuda.Event | None
     logs: bool
-
-
-def model_config(c: "PretrainConfig", manifest: dict[str, Any], pulls: int) -> ModelConfig:
-    """The shape of `pulls` models of a configuration, for the vocabulary of shards."""
-    return ModelConfig(
-        vocab_size=manifest["vocab_size"],
-        d_model=c.d_model,
-        n_layers=c.n_layers,
-        n_heads=c.n_heads,
-        n_kv_heads=c.n_kv_heads,
-        d_ff=c.d_ff,
-        seq_len=c.seq_len,
-        qk_norm=c.qk_norm,
-        tie_embeddings=c.tie_embeddings,
-        rope_theta=c.rope_theta,
-        norm_eps=c.norm_eps,
-        pulls=pulls,
-        document_start=shards.document_ids(manifest)[0] if c.doc_mask else None,
-        checkpoint_activations=c.checkpoint_activations,
-        parametrization=c.parametrization,
-        base_width=c.base_width,
-        base_depth=c.base_depth,
-        base_head_dim=c.base_head_dim,
-    )
-
-
-def micro_batch(c: "PretrainConfig", pulls: int) -> int:
-    """Sequences of one pull in one forward and backward pass."""
-    if c.micro_batch_tokens:
-        return c.micro_batch_tokens // c.seq_len
-    sequences = c.batch_tokens // c.seq_len
-    return max(1, CACHED_TOKENS // (pulls * c.seq_len)) if c.device == "cpu" and pulls > 1 else sequences
+    grad_norms: Tensor
+    """of each parameter (parameters, pulls), on the device"""
 
 
 def train_together(
@@ -85,7 +57,8 @@ def train_together(
 ) -> None:
     """Train `pulls`, which share everything in `c` but grid.OF_A_PULL, from the checkpoints of `first_step` (or -1).
 
-    Each pull ends with its `result` set: done, diverged, or stopped once `stop_signals` has one, with everything saved.
+    Each pull ends with its `result` set: done, diverged, or stopped with everything saved: once `stop_signals` has one,
+    or because it `went_back` and goes on from an earlier checkpoint.
     """
     device, folder, team = c.device, Path(c.data), pulls[0].team
     bos_id, eos_id = shards.document_ids(manifest)
@@ -106,8 +79,10 @@ def train_together(
     sharding = ranks.choose(c.sharding, team, model.n_params(), len(pulls))
     compute = ranks.wrap(model, model.model.layers, sharding, team)
     sharers = team if sharding == "fsdp" else ranks.ALONE
+    clip_states: dict[str, Tensor] = {}
     for row, pull in enumerate(pulls):
         pull.parameters = optim.own_parameters(model, row)
+        clip_states[pull.name] = clip.start(c.clip, pull.parameters, device)
         pull.optimizers = optim.make_optimizers(
             pull.parameters,
             model.config,
@@ -120,8 +95,11 @@ def train_together(
         if saved:
             like: dict[str, Tensor] = dict(model.named_parameters() if sharers.world > 1 else pull.parameters)
             training = checkpoint.load_training(saved[row], like)
-            checkpoint.restore_training(training, pull.parameters, pull.optimizers)
+            checkpoint.restore_training(training, pull.parameters, pull.optimizers, clip_states[pull.name])
 
+    groups = Groups(model, pulls[0].parameters, pulls[0].optimizers)
+    for pull in pulls:
+        pull.trace.columns = groups.columns
     train_tokens = TokenStream(folder, manifest, "train", c.seq_len)
     validation = Validation(folder, manifest, c.val_tokens, c.seq_len)
     baseline = manifest.get("baseline") if validation.is_whole_split else None
@@ -185,11 +163,7 @@ def train_together(
 
     def make_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs and targets (rows, share, seq_len) of this rank in update `step`, and how many it scores (rows,)."""
-        by_seed = {
-            seed: train_tokens.windows(train_tokens.batch_indices(step, n_sequences, seed)[team.share(n_sequences)])
-            for seed in {p.config["data_seed"] for p in rows}
-        }
-        ids, targets = (torch.stack(part) for part in zip(*(by_seed[p.config["data_seed"]] for p in rows), strict=True))
+        ids, targets = batch_of(rows, step, train_tokens, n_sequences, manifest["vocab_size"])
         batch = (ids, targets, (targets >= 0).sum((1, 2)))
         return tuple(part.pin_memory() for part in batch) if device == "cuda" else batch  # type: ignore[return-value]
 
@@ -197,50 +171,59 @@ def train_together(
         """Compute and apply update `step` of every live pull. What is not finite is not applied (--on_divergence)."""
         ids, targets, counts = (part.to(device, non_blocking=True) for part in batch)
         nll = torch.zeros(len(rows), device=device)
-        top = torch.zeros(len(rows), device=device)
+        tops = torch.zeros(model.config.n_layers, len(rows), device=device)
         counts = team.sum_(counts)
         parts = team.micro_batches(ids, targets, micro, n_sequences)
         for number, (part_ids, part_targets) in enumerate(parts, 1):
             probe = logs and number == 1  # on rank 0 the first sequences of the batch, however it is shared out
             with ranks.backward_of_part(compute, last=number == len(parts)):
                 with autocast():
-                    objective, part_nll, part_top = compute(part_ids, part_targets, c.z_loss, counts, probe)
+                    objective, part_nll, part_tops = compute(part_ids, part_targets, c.z_loss, counts, probe)
                 objective.backward()
             nll += part_nll
-            top = top if part_top is None else part_top
+            tops = tops if part_tops is None else part_tops
         # A signal may reach one rank only, or each at another time: all hear of it with the loss of the same update.
         *_, told = sums = team.sum_(torch.cat((nll, torch.full((1,), float(bool(stop_signals)), device=device))))
         nll = sums[:-1]
-        norms = optim.grad_norms(model, sharers)
-        skipped = (~(nll.isfinite() & norms.isfinite())).float()
-        rms, lrs = torch.zeros(len(rows), device=device), []
+        faults.strike(model, rows, step)
+        each_norm = optim.parameter_norms(model)
+        norms = optim.grad_norms(each_norm, sharers)
+        sound = nll.isfinite() & norms.isfinite()
+        lrs = [0.0 if pull.result else pull.lr(step) for pull in rows]
+        if c.on_divergence == "skip":
+            # By what the host has heard so far: to wait for the last update would leave a GPU idle.
+            limits = torch.tensor([pull.recovery.limits(pull.guard) for pull in rows]).T
+            if device == "cuda":
+                limits = limits.pin_memory().to(device, non_blocking=True)
+            sound &= (nll <= limits[0]) & (norms <= limits[1])
+        skipped = (~sound).float()
+        squares = torch.zeros_like(each_norm)
         for row, pull in enumerate(rows):
-            peak = pull.config["lr"]
-            lrs.append(
-                optim.learning_rate(
-                    step, steps, schedule=c.schedule, peak=peak, warmup=c.warmup, decay=c.decay, final=c.final_lr
-                )
-            )
             if pull.result:
                 continue
             optim.hand_over(model, row, pull.parameters)
-            optim.clip(pull.parameters, norms[row], c.grad_clip)
+            clip.clip(c.clip, pull.parameters, norms[row], c.grad_clip, clip_states[pull.name], skipped[row], sharers)
             optim.set_learning_rate(pull.optimizers, lrs[row])
             for optimizer in pull.optimizers:
-                if c.on_divergence == "stop":
+                if c.on_divergence != "ignore":
                     optimizer.found_inf = skipped[row]  # type: ignore[attr-defined]
+                optimizer.measures = logs  # type: ignore[attr-defined]
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             pull.step = step + 1
             if logs:
-                rms[row] = optim.update_rms(pull.optimizers, sharers)
+                squares[:, row] = optim.step_squares(pull.parameters, pull.optimizers)
         model.zero_grad(set_to_none=True)
-        numbers, arrived = torch.stack((nll, norms, top, rms, told.expand(len(rows)))), None
+        rms, traced = torch.zeros_like(nll), each_norm[:0]
+        if logs:
+            rms, traced = groups.measured(tops, each_norm, squares, sharers)
+        numbers, arrived = torch.stack((nll, norms, tops.amax(0), rms, skipped, told.expand(len(rows)))), None
+        numbers = torch.cat((numbers, traced))
         if device == "cuda":
             numbers = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        return Seen(step, list(rows), lrs, numbers, arrived, logs)
+        return Seen(step, list(rows), lrs, numbers, arrived, logs, each_norm)
 
     def judge(said: Seen, started: float) -> None:
         """Let each pull's guard hear of an update, and log it; a pull that is lost ends here."""
@@ -250,16 +233,23 @@ def train_together(
         rate = c.batch_tokens / step_seconds
         progress.keep_pace(rate)
         there = [pull for pull in said.pulls if not pull.result]
-        for pull, lr, numbers in zip(said.pulls, said.lrs, said.numbers.T.tolist(), strict=True):
+        for at, (pull, lr, numbers) in enumerate(zip(said.pulls, said.lrs, said.numbers.T.tolist(), strict=True)):
             if pull.result:
                 continue
-            loss, grad_norm, top, rms, told = numbers
+            loss, grad_norm, top, rms, skipped, told, *traced = numbers
             if told and not stopping:
                 if not stop_signals:
                     stop_signals.append(signal.SIGTERM)
                 stopping.append(stop_signals[0])
-            words = pull.observe(said.step, loss, grad_norm)
-            lost = pull.verdict is not None and c.on_divergence == "stop"
+            device_seconds = step_seconds * team.world / len(there)
+            signals = {"lr": lr} | ({"update_rms": rms, "max_logit": top} if said.logs else {})
+            words = pull.observe(said.step, loss, grad_norm, skipped > 0, device_seconds, **signals)
+            lost = pull.verdict is not None and c.on_divergence != "ignore"
+            pull.trace.update(said.step, loss, grad_norm, pull.data_step(said.step))
+            if (words or lost) and not said.logs:
+                traced = groups.gradients(said.grad_norms, sharers)[:, at].tolist()
+            if traced:
+                pull.trace.log(said.step, traced)
             row: dict[str, float] = {"tokens": (said.step + 1) * c.batch_tokens, "step": said.step + 1}
             if said.logs or lost:
                 row |= {
@@ -282,7 +272,11 @@ def train_together(
                 pull.tracker.log(row, step=said.step + 1)
             if words:
                 say(words if len(pulls) == 1 else f"{pull.name}: {words}", [pull])
-            if lost:
+            if words or lost:
+                explain(pull)
+            if lost and pull.may_go_back:
+                go_back(pull)
+            elif lost:
                 pull.step = said.step
                 end(pull, "diverged", 0)
             else:
@@ -293,6 +287,20 @@ def train_together(
             bpbs = [pull.val["val/bpb"] for pull in still if pull.val]
             worst = max((pull.guard.status for pull in still), key=("healthy", "spiking", "suspect").index)
             progress.show(said.step + 1, [pull.loss for pull in still], bpbs, worst)
+
+    def explain(pull: Pull) -> None:
+        """Write the post-mortem of a pull's verdict. What goes wrong with it costs a line, not the pull."""
+        if not team.is_first:
+            return
+        from pretrain import postmortem_batches
+
+        try:
+            with eager():
+                mine = [at for at, other in enumerate(rows) if other is pull]
+                alone = model.selected(mine) if sharers.world == 1 else None
+                postmortem_batches.explain(pull, alone, autocast, train_tokens, folder, manifest)
+        except Exception as error:
+            say(f"{pull.name}: no post-mortem ({type(error).__name__}: {error})", [pull])
 
     def validate() -> None:
         with autocast(), eager():
@@ -308,7 +316,7 @@ def train_together(
             if pull.result:
                 continue
             loader = {"data_seed": pull.config["data_seed"], "shards": manifest["fingerprint"]}
-            tensors = checkpoint.training_tensors(pull.parameters, pull.optimizers)
+            tensors = checkpoint.training_tensors(pull.parameters, pull.optimizers, clip_states[pull.name])
             training: dict[str, Tensor] | ranks.Shards
             if sharers.world > 1:
                 own: dict[str, Tensor] = dict(model.named_parameters())
@@ -332,7 +340,7 @@ def train_together(
                 checkpoint.hugging_face_config(model.config, bos_id, eos_id),
                 pull.state(loader, bos_id, eos_id),
                 folder / "tokenizer",
-                pull.guard.keep_before,
+                pull.keep_before,
             )
             saving.append((pull, pull.step, writing))
 
@@ -345,7 +353,7 @@ def train_together(
 
     def end(pull: Pull, status: str, exit_code: int) -> None:
         charge()
-        if status == "diverged" and c.on_divergence == "stop":
+        if status == "diverged" and c.on_divergence != "ignore":
             settle(wait=True)
             assert pull.verdict
             if team.is_first:
@@ -353,6 +361,13 @@ def train_together(
         if status == "stopped" and exit_code > 128:
             pull.tracker.mark_preempting()
         pull.report_end(pull.close(status, exit_code, flops_per_token))
+
+    def go_back(pull: Pull) -> None:
+        charge()
+        settle(wait=True)
+        words = responses.go_back(pull)
+        say(words if len(pulls) == 1 else f"{pull.name}: {words}", [pull])
+        pull.close("stopped", console.EXIT_TERMINATED, flops_per_token)
 
     status, exit_code = "crashed", 1
     try:
@@ -395,7 +410,11 @@ def train_together(
             for pull in live():
                 if words := pull.judge_end():
                     say(words if len(pulls) == 1 else f"{pull.name}: {words}", [pull])
-                if pull.verdict:
+                if words or (pull.verdict and pull.may_go_back):
+                    explain(pull)
+                if pull.verdict and pull.may_go_back:
+                    go_back(pull)
+                elif pull.verdict:
                     end(pull, "diverged", 0)
             if any(pull.val is None for pull in live()):  # killed between its last checkpoint and its end
                 validate()
@@ -409,7 +428,7 @@ def train_together(
                 pull.tracker.table("samples", ["step", "tokens", "prompt", "text"], table, step=step)
                 kept = checkpoint.folders(pull.folder)[-1]
                 pull.tracker.artifact(f"model-{pull.name}", "model", [kept], {"step": step, **(pull.val or {})})
-                end(pull, "spiked" if pull.guard.spikes else "ok", 0)
+                end(pull, "spiked" if pull.guard.spikes or pull.recovery.retries else "ok", 0)
     except OSError as refusal:
         if refusal.errno in console.MACHINE_SAYS_NO:
             status, exit_code = "stopped", console.EXIT_USER

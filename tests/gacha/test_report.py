@@ -143,6 +143,103 @@ def test_what_runs_say_cannot_break_the_page(machine: Path) -> None:
     assert "&lt;/script" in labels and "<script" not in labels and "<img" not in labels
 
 
+def relatives(machine: Path, plus: dict[str, Any], **config: Any) -> list[runs.Run]:
+    """Runs of 300 steps on one data order, named by the keys of `plus`: what is added to each one's training loss."""
+    (model,) = [run for run in runs.read(machine) if run.name == "3f9c1a7e-s0"]
+    step = np.arange(1, 301)
+    batches, made = np.random.default_rng(0).normal(scale=0.03, size=300), []
+    for seed, (name, more) in enumerate(plus.items()):
+        noise = np.random.default_rng([1, seed]).normal(scale=0.01, size=301)
+        loss = 3 + 4 * np.exp(-5 * np.sqrt(step / 300)) + batches + noise[0] + noise[1:] + more
+        sizes = {"data_seed": 0, "d_model": 64, "n_layers": 2, "seq_len": 64, "batch_tokens": 512, "tokens": 300 * 512}
+        told = model.__dict__ | {"id": f"id-{name}", "name": name, "status": "ok"}
+        told["config"] = model.config | sizes | {"lineage": {"shards": "f00d"}, "seed": seed, "recipe": "aaaa"} | config
+        told["history"] = {"train/loss": runs.Series(step, step * 512.0, loss)}
+        made.append(runs.Run(**told))
+    return made
+
+
+def at(*steps: int) -> np.ndarray:
+    """A loss that is 1.5 nats higher at these steps."""
+    return 1.5 * np.isin(np.arange(1, 301), steps)
+
+
+def test_siblings_tell_bad_batches_from_a_pulls_own_spikes(machine: Path) -> None:
+    from gacha import page
+
+    pulls = relatives(machine, {f"a-s{i}": at(61, 121, 200) for i in range(7)} | {"a-s7": at(61, 121, 160, 200)})
+    told = report.summarise(pulls, "x")
+    met = told["siblings"]["bad_batches"]
+    assert sorted(batch["step"] for batch in met) == [61, 121, 200]
+    assert all(batch["runs"] == sorted(run.name for run in pulls) and batch["of"] == 8 for batch in met)
+    assert [round(batch["excess"], 1) for batch in met] == [1.5, 1.5, 1.5] and met[0]["tokens"] % 512 == 0
+    assert [(event["name"], event["step"]) for event in told["siblings"]["alone"]] == [("a-s7", 160)]
+    assert told["siblings"]["above"] == []
+    assert "at steps 61, 121, 200" in report.headline(told)["bad batches"]
+    built = page.build(told, pulls)
+    assert "<h2>Siblings</h2>" in built and "Bad batches" in built and "Spikes of one pull alone" in built
+    data = json.loads(re.search(r'id="data">(.*?)</script>', built, re.DOTALL)[1])  # type: ignore[index]
+    assert {61 * 512, 121 * 512, 200 * 512} <= {
+        shape["x0"] for shape in data["figures"]["loss"]["layout"]["shapes"] if shape["x0"] == shape["x1"]
+    }
+    for run in pulls[1:]:
+        run.config["data_seed"] = run.config["seed"]
+    assert report.summarise(pulls, "x")["siblings"]["bad_batches"] == [], "another order is another batch"
+
+
+def test_a_silent_failure_is_told_by_its_own_seeds_and_by_another_recipes(machine: Path) -> None:
+    """One epsilon of 1e-3 among seeds of one recipe; then three as a recipe of their own, beside one of 1e-8."""
+    from gacha import page
+
+    slow = 0.4 * np.minimum(1.0, np.arange(300) / 30)
+    pulls = relatives(machine, {f"a-s{i}": 0.0 for i in range(7)} | {"a-s7": slow})
+    (row,) = report.summarise(pulls, "x")["siblings"]["above"]
+    assert (row["name"], row["by"], row["setting"], row["siblings"]) == ("a-s7", ["aaaa"], None, 7)
+    assert row["share"] < 0.2 and row["end_excess_nats"] == pytest.approx(0.4, abs=0.05) and not row["back"]
+
+    good = relatives(machine, {f"a-s{i}": 0.0 for i in range(4)}, eps=1e-8)
+    bad = relatives(machine, {f"b-s{i}": slow for i in range(3)}, eps=1e-3, recipe="bbbb", git_commit="later")
+    told = report.summarise(good + bad, "x")
+    rows = told["siblings"]["above"]
+    assert sorted(row["name"] for row in rows) == ["b-s0", "b-s1", "b-s2"]
+    assert all(row["by"] == ["aaaa"] and row["setting"] == "eps" and row["share"] < 0.2 for row in rows)
+    assert "with eps 1e-08, not 0.001" in page.build(told, good + bad)
+    assert "at its end" in report.headline(told)["above its siblings b-s0"]
+
+    grid = []
+    for i in range(4):
+        grid += relatives(machine, {f"c{i}-s{j}": 0.2 * i for j in range(3)}, lr=10.0**-i, recipe=f"cccc{i}")
+    assert report.summarise(grid, "x")["siblings"]["above"] == [], "a grid over lr is no row of failures"
+    for run in bad:
+        run.config["lr"] = 1.0
+    assert report.summarise(good + bad, "x")["siblings"]["above"] == [], "two settings apart: not comparable"
+    for run in bad:
+        run.status = "diverged"
+    assert report.summarise(bad, "x")["siblings"]["above"] == [], "a diverged pull is no silent failure"
+
+
+def test_nothing_is_said_of_siblings_where_there_are_none(machine: Path, written: tuple[str, dict[str, Any]]) -> None:
+    assert "<h2>Siblings</h2>" not in written[0]
+    assert written[1]["siblings"] == {"bad_batches": [], "alone": [], "above": []}
+    (alone,) = relatives(machine, {"a-s0": at(61)})
+    assert report.summarise([alone], "x")["siblings"] == {"bad_batches": [], "alone": [], "above": []}
+
+
+def test_hostile_names_stay_text_among_siblings(machine: Path) -> None:
+    from gacha import page
+
+    pulls = relatives(machine, {f"{HOSTILE}{i}": at(61) for i in range(3)} | {HOSTILE: at(61, 150)})
+    pulls += relatives(
+        machine, {f"{HOSTILE}-{i}": at(61) + 1 for i in range(3)}, **{HOSTILE: HOSTILE, "recipe": HOSTILE}
+    )
+    told = report.summarise(pulls, HOSTILE)
+    assert told["siblings"]["bad_batches"] and told["siblings"]["alone"] and told["siblings"]["above"]
+    elements = Elements(page.build(told, pulls)).found
+    assert sum(tag == "script" for tag, _ in elements) == 3
+    assert not any(tag == "img" for tag, _ in elements)
+    assert not any(name.startswith("on") for _, attributes in elements for name in attributes)
+
+
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_a_browser_draws_the_figures_under_the_pages_own_policy(machine: Path, tmp_path: Path) -> None:
     write(machine, tmp_path)

@@ -190,12 +190,12 @@ def test_the_probe_reports_each_layer_and_changes_nothing() -> None:
     made = model()
     ids, targets = sentences(3, made.config), sentences(3, made.config, seed=1)
     probed, plain = made(ids, targets, 0.0, probe=True), made(ids, targets, 0.0)
-    assert probed[0] == plain[0] and plain[2] is None and probed[2].shape == (1,)
+    assert probed[0] == plain[0] and plain[2] is None and probed[2].shape == (2, 1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "tie_embeddings": True}, {"document_start": 3}])
 def test_rows_of_a_batch_of_pulls_are_the_models_that_they_would_be_alone(changes: dict[str, Any]) -> None:
-    """Loss, largest logit, every gradient and every token's loss, each pull on data of its own."""
+    """Loss, largest logits, every gradient and every token's loss, each pull on data of its own."""
     together = Transformer(ModelConfig(**SHAPE | changes, pulls=3))
     together.init_weights([4, 5, 6])
     ids, targets = (
@@ -210,7 +210,7 @@ def test_rows_of_a_batch_of_pulls_are_the_models_that_they_would_be_alone(change
         alone_objective, alone_nll, alone_top = alone(ids[mine], targets[mine], 1e-3, probe=True)
         alone_objective.backward()
         assert top is not None
-        torch.testing.assert_close((nll[mine], top[mine]), (alone_nll, alone_top))
+        torch.testing.assert_close((nll[mine], top[:, mine]), (alone_nll, alone_top))
         for (name, batched), single in zip(together.named_parameters(), alone.parameters(), strict=True):
             assert batched.grad is not None
             torch.testing.assert_close(batched.grad[row], single.grad, rtol=1e-4, atol=1e-6, msg=name)

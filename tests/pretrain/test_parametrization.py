@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 import console
-from pretrain import coordcheck, optim
-from pretrain.model import ModelConfig, Transformer
+from pretrain import checkpoint, coordcheck, optim
+from pretrain.model import ModelConfig, Transformer, load_hugging_face_weights
 from pretrain.parametrization import rule
 
 if TYPE_CHECKING:
@@ -132,6 +132,73 @@ def test_a_pull_at_the_base_size_ends_where_sp_ends(pull: "Callable[..., Pull]",
     mup = pull(tmp_path / "mup", **flags, parametrization="mup", base_width=32)
     wide = pull(tmp_path / "wide", **flags, parametrization="mup", base_width=16)
     assert mup.result["val/bpb"] == sp.result["val/bpb"] != wide.result["val/bpb"]
+
+
+def test_init_is_drawn_as_it_is_told() -> None:
+    """std of what is drawn: SP's, an own one, and residual outputs as small as that divided by sqrt(2 n_layers)."""
+    flags = SHAPE | {"vocab_size": 4096, "d_model": 64, "d_ff": 256, "parametrization": "sp"}
+    small, plain = math.sqrt(2 / (5 * 64)), {"init": "plain"}
+    for more, std, residual in (
+        ({}, small, small / math.sqrt(8)),
+        (plain, small, small),
+        (plain | {"init_std": 0.02}, 0.02, 0.02),
+    ):
+        model = Transformer(ModelConfig(**flags | more))
+        model.init_weights([0])
+        drawn = {name: p.std().item() for name, p in model.named_parameters() if p.ndim == 2}
+        assert drawn["model.embed_tokens.weight"] == pytest.approx(std, rel=0.02)
+        assert drawn["model.layers.1.mlp.gate_up_proj.weight"] == pytest.approx(std, rel=0.05)
+        assert drawn["model.layers.1.mlp.down_proj.weight"] == pytest.approx(residual, rel=0.05)
+
+
+@pytest.mark.parametrize(("parametrization", "tied"), list(itertools.product(["sp", "mup"], [False, True])))
+def test_scaled_embeddings_train_as_with_the_multiplier_in_the_forward_pass(parametrization: str, tied: bool) -> None:
+    """The embedding layer's output times 8, and nothing else: 12 steps with an epsilon and a decay that count."""
+    flags = SHAPE | {"parametrization": parametrization, "tie_embeddings": tied}
+    plain, scaled = (Transformer(ModelConfig(**flags | {"embedding_scale": scale})) for scale in (1.0, 8.0))
+    for model in (plain, scaled):
+        model.init_weights([0])
+    ids = torch.randint(3, 97, (1, 4, 17), generator=torch.Generator().manual_seed(1))
+    before = plain(ids[..., :-1], ids[..., 1:], 0.0)[1].item()
+    plain.model.embed_tokens.register_forward_hook(lambda _, __, output: 8.0 * output)
+    sides, curves = [], list[list[float]]()
+    for model in (plain, scaled):
+        optimizers = optim.make_optimizers(optim.own_parameters(model, 0), model.config, "adamw", **TOLD)
+        optim.set_learning_rate(optimizers, 0.01)
+        sides.append((model, optimizers))
+    for _ in range(12):
+        curves.append([])
+        for model, optimizers in sides:
+            objective, nll, _ = model(ids[..., :-1], ids[..., 1:], 0.0)
+            objective.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            curves[-1].append(nll.item())
+    assert abs(curves[0][0] - before) > 1e-3, "the multiplier does nothing"
+    assert curves[0][0] - curves[-1][0] > 0.1, "nothing was learned"
+    for by_multiplier, folded in curves:
+        assert folded == pytest.approx(by_multiplier, rel=2e-5)
+
+
+def test_a_checkpoint_with_scaled_embeddings_is_a_plain_llama(pull: "Callable[..., Pull]", tmp_path: Path) -> None:
+    """transformers computes the same losses, and the residual stream begins at some tenths."""
+    from transformers import AutoModelForCausalLM
+
+    made = pull(tmp_path, embedding_scale=5.6, init="plain", tokens=512 * 10)
+    theirs = AutoModelForCausalLM.from_pretrained(made.checkpoint)
+    state, weights = checkpoint.load(made.checkpoint)
+    assert state["config"]["embedding_scale"] == 5.6
+    embedded = weights["model.embed_tokens.weight"]
+    assert 0.5 < embedded.square().mean().sqrt().item() < 0.8
+    shape = {"vocab_size": len(embedded), "d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64}
+    ours = Transformer(ModelConfig(**SHAPE | shape | {"tie_embeddings": True, "seq_len": 64, "parametrization": "sp"}))
+    load_hugging_face_weights(ours, 0, weights)
+    ids = torch.randint(3, len(embedded), (1, 2, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = theirs(input_ids=ids[0]).logits
+        mine = ours.lm_head(ours.model(ids)[0])
+    torch.testing.assert_close(mine.view_as(logits), logits, rtol=1e-4, atol=1e-4)
 
 
 def check_coordinates(shards_folder: Path, out: Path, *flags: str) -> int:
