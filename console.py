@@ -108,7 +108,8 @@ def door(main: Callable[[], int | None]) -> NoReturn:
 def terminable() -> Iterator[None]:
     """SIGTERM ends the block with exit code 143, also where the signal reached its child processes first.
 
-    Told again after AGAIN seconds: what the handler raises is lost where Python cannot raise, as in a callback.
+    Told again after AGAIN seconds: what the handler raises is lost where Python cannot raise, as in a callback or a
+    `__del__`, and is not complained of there.
     """
     told = False
 
@@ -118,8 +119,15 @@ def terminable() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, AGAIN)
         sys.exit(EXIT_TERMINATED)
 
+    complain = sys.unraisablehook
+
+    def complain_of_others(unraisable: Any) -> None:
+        if not (told and isinstance(unraisable.exc_value, SystemExit)):
+            complain(unraisable)
+
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGALRM, handle)
+    sys.unraisablehook = complain_of_others
     try:
         yield
     except UserError:
@@ -130,6 +138,7 @@ def terminable() -> Iterator[None]:
             raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = complain
     if told:
         sys.exit(EXIT_TERMINATED)
 

@@ -33,6 +33,9 @@ SPARSE = 10  # steps between rows, from which on a single row is a long time
 BENDS = 6  # second differences that are enough to know the noise by
 CERTAIN = 4.5  # standard errors
 THIRD = 0.431  # of the absolute values of a standard normal distribution are below
+MAD_OF_NORMAL = 0.6745  # median absolute deviation of a standard normal distribution
+MOST = 0.75  # of the rows after the lowest one
+LUCK = 6.0  # standard deviations that must be learned; half of that, lost: no median of three rows is as low by luck
 SMOOTH = 0.015  # noise as a share of the loss, below which rows are averages
 STUCK_LEVEL, STUCK_SHARE, STUCK_AFTER = 6.5, 0.64, 1000  # nats, of the start, steps: near the unigrams' entropy
 STUCK_EARLY = 0.7  # nats above that level up to 1,000 steps, none from 3,000 on: masked models start on a plateau
@@ -263,8 +266,7 @@ def noise_of(loss: np.ndarray) -> float:
 
 def of_averages(step: np.ndarray, loss: np.ndarray) -> bool:
     """Does every row stand for many steps, so that one of them is a long time?"""
-    spacing = float(np.median(np.diff(step))) if len(step) > 1 else 1.0
-    return spacing >= SPARSE and len(loss) < FEW and noise_of(loss) < SMOOTH * abs(float(np.median(loss)))
+    return spacing_of(step) >= SPARSE and len(loss) < FEW and noise_of(loss) < SMOOTH * abs(float(np.median(loss)))
 
 
 def ending(step: np.ndarray, loss: np.ndarray, since: float = -math.inf) -> tuple[str, Facts]:
@@ -298,12 +300,36 @@ def ending(step: np.ndarray, loss: np.ndarray, since: float = -math.inf) -> tupl
         last = float(np.median(loss[-rows:]))
         if last - reference > max(forgiven, CERTAIN * noise / math.sqrt(rows)):
             return "diverged", {"level": last, **evidence}
+    if spacing_of(step) >= SPARSE and len(loss) < FEW and (level := never_back(loss, start)):
+        return "diverged", {"level": level, **evidence}
     tail = float(np.median(loss[step >= (step[0] + step[-1]) / 2]))
     span = float(step[-1] - step[0])
     enough = STUCK_LEVEL + STUCK_EARLY * min(1.0, max(0.0, 1.5 - span / (2 * STUCK_AFTER)))
     if span >= STUCK_AFTER and tail > max(enough, STUCK_SHARE * start) and float(levels.min()) > STUCK_LEVEL:
         return "not_learning", {"level": tail, **evidence}
     return "", {}
+
+
+def never_back(loss: np.ndarray, start: float) -> float:
+    """The level of all rows after the lowest one, where they stay a fifth of the progress above it; else 0.
+
+    For logs of few rows, of which those after the damage are too loud for the noise before it to be known.
+    """
+    lowest = int(np.argmin(loss))
+    after = loss[lowest + 1 :]
+    if len(after) < 3:
+        return 0.0
+    level = float(np.median(after))
+    noise = max(float(np.median(np.abs(after - level))) / MAD_OF_NORMAL, noise_of(loss))
+    low = float(np.median(np.lib.stride_tricks.sliding_window_view(loss, 3), axis=1).min())  # one low row may be luck
+    away = low + max(stability.RISE_FLOOR, stability.GIVEN_BACK * max(0.0, start - low))
+    stays = float(np.median(after[-3:])) > away and float(np.mean(after > (low + away) / 2)) >= MOST
+    return level if stays and level > away and min(start - low, 2 * (level - low)) > LUCK * noise else 0.0
+
+
+def spacing_of(step: np.ndarray) -> float:
+    """Steps from a row to the next, in the median."""
+    return float(np.median(np.diff(step))) if len(step) > 1 else 1.0
 
 
 def rises(step: np.ndarray, loss: np.ndarray, verdict: str) -> list[Event]:

@@ -182,3 +182,17 @@ def test_an_unknown_stage_names_those_that_there_are(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", ["train.py", "pretrian", "--lr", "1"])
     with pytest.raises(console.UserError, match=r"'pretrian'.*pretrain"):
         train.main()
+
+
+def test_sigterm_within_a_finalizer_is_told_again_without_a_traceback() -> None:
+    """Python cannot raise there, and would complain on stderr of what it dropped."""
+    code = (
+        "import os, signal, time, console\n"
+        "class Closes:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01)\n"
+        "with console.terminable():\n"
+        "    Closes()\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (143, "")

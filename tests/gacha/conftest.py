@@ -115,6 +115,9 @@ def make_machine(folder: Path, steps: int = 60) -> Path:
     log_pull(folder, 0, steps=steps, recipe="b44e0d21", lr=0.3, diverge_at=int(0.14 * steps))
     log_killed(folder, 4, steps, int(0.7 * steps))
     log_pull(folder, 3, steps=steps, id="resumed1", first=int(0.5 * steps) + 1)
+    import wandb
+
+    wandb.teardown()  # it ends a run's file only after `finish` has returned
     for path in folder.rglob("*.wandb"):
         os.utime(path, (time.time() - 3600, time.time() - 3600))
     return folder
