@@ -28,6 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11: install a newer Python, or say make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -m venv .venv || { echo "error: no venv module: on Debian, apt install python3-venv" >&2; exit 2; }
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps sweeps==0.3.0  # it asks for numpy 1, and runs on 2
 	@touch $@
 
 $(INSTALLED)-bench: $(INSTALLED)
