@@ -1,29 +1,32 @@
 """Offline W&B runs read back: the one module that reads wandb's files, as tracking.py is the one that writes them.
 
-A `run-<id>.wandb` file is a LevelDB log of protobuf records. Nothing here asks a server, imports torch or writes.
+gacha/fragments.py reads one file; here the fragments of a run become one Run. Nothing asks a server or writes.
 """
 
+import contextlib
 import json
 import math
+import multiprocessing
 import os
-import struct
+import signal
 import sys
+import threading
 import time
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import console
+from gacha.fragments import Fragment, read_fragment
 
-MAGIC = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
-BLOCK, HEAD = 32768, 7
-FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 SILENT_SECONDS = 60.0
 """A run without an exit record that wrote nothing for so long is taken for killed (wandb flushes every 1 to 15 s)."""
+WORTH_FORKING = 32 << 20
+"""Bytes of logs, a fifth of a second's work."""
 VERDICTS = ("ok", "spiked", "diverged", "stopped", "crashed")
 STATUS_OF_EXIT = {0: "ok", 3: "diverged", 130: "stopped", 143: "stopped"}
 
@@ -65,24 +68,6 @@ class Run:
     """Corrupt chunks skipped; what a kill tears off the end is no damage."""
 
 
-@dataclass
-class Fragment:
-    """What one `.wandb` file holds; values stay JSON text until they are needed."""
-
-    path: Path
-    record: Any = None
-    config: dict[str, Any] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
-    steps: list[int] = field(default_factory=list)
-    columns: dict[str, tuple[list[int], list[str]]] = field(default_factory=dict)
-    tables: dict[str, Path] = field(default_factory=dict)
-    exit_code: int | None = None
-    """None without an exit record, and with one that the process did not ask for."""
-    abandoned: bool = False
-    """wandb-core closed the log because its process was gone."""
-    damaged: int = 0
-
-
 def read(folder: str | Path, now: float | None = None) -> list[Run]:
     """All runs below `folder` (or in one `.wandb` file), oldest first. Raises UserError when there are none.
 
@@ -93,20 +78,62 @@ def read(folder: str | Path, now: float | None = None) -> list[Run]:
     if not folder.exists():
         raise console.UserError(f"{folder}: no such folder; give the folder that holds offline-run-*/run-*.wandb")
     found: dict[tuple[str, str], list[Fragment]] = {}
-    for path in log_files(folder):
-        try:
-            fragment = read_fragment(path)
-        except console.UserError as mistake:
-            print(f"warning: {mistake}; skipped", file=sys.stderr)
-            continue
-        if fragment.record is None:
-            print(f"warning: {path}: holds no run record (killed at once?); skipped", file=sys.stderr)
-            continue
-        found.setdefault((fragment.record.project, fragment.record.run_id), []).append(fragment)
+    for part in read_fragments(log_files(folder)):
+        if isinstance(part, console.UserError):
+            print(f"warning: {part}; skipped", file=sys.stderr)
+        elif not part.head.run_id:
+            print(f"warning: {part.path}: holds no run record (killed at once?); skipped", file=sys.stderr)
+        else:
+            found.setdefault((part.head.project, part.head.run_id), []).append(part)
     if not found:
         raise console.UserError(f"{folder}: no W&B runs (offline-run-*/run-*.wandb) in it; give the folder they are in")
     moment = time.time() if now is None else now
     return sorted((merge(fragments, moment) for fragments in found.values()), key=lambda run: (run.started, run.id))
+
+
+def read_fragments(paths: list[Path]) -> Iterator[Fragment | console.UserError]:
+    """Each file's fragment in order, or why it is none; many megabytes of them in one process a core.
+
+    Forked, which is safe only while this process has no other thread, and so on Linux only.
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    workers = min(cores, 8, len(paths))
+    if (
+        threading.active_count() > 1
+        or workers < 2
+        or sum(path.stat().st_size for path in paths if path.exists()) < WORTH_FORKING
+    ):
+        yield from map(attempt, paths)
+        return
+    context = multiprocessing.get_context("fork")
+    pipes = []
+    for i in range(workers):
+        receive, send = context.Pipe(duplex=False)
+        context.Process(target=read_share, args=(paths[i::workers], send), daemon=True).start()
+        send.close()  # so that a worker's end is the end of its pipe
+        pipes.append(receive)
+    for i, path in enumerate(paths):
+        try:
+            part = pipes[i % workers].recv()
+        except EOFError:
+            part = attempt(path)
+        yield part
+
+
+def attempt(path: Path) -> Fragment | console.UserError:
+    """`read_fragment` with its refusal as a value."""
+    try:
+        return read_fragment(path)
+    except console.UserError as mistake:
+        return mistake
+
+
+def read_share(paths: list[Path], send: Connection) -> None:
+    """A worker's part of `read_fragments`: it only sends, so it cannot outlive who listens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(BrokenPipeError):
+        for path in paths:
+            send.send(attempt(path))
 
 
 def log_files(folder: Path) -> list[Path]:
@@ -126,162 +153,17 @@ def log_files(folder: Path) -> list[Path]:
     return sorted(paths)
 
 
-def payloads(data: bytes) -> Iterator[bytes | None]:
-    """Record bytes of a LevelDB log in order, each chunk's CRC checked; None once per damaged stretch.
-
-    After a bad chunk reading goes on at the next 32 KiB block, where a chunk always starts. A torn tail ends quietly.
-    """
-    position, end, parts, open_record = HEAD, len(data), b"", False
-    unpack, crc32 = struct.Struct("<IHB").unpack_from, zlib.crc32
-    seeds = [crc32(bytes([kind])) for kind in range(5)]
-    while position + HEAD <= end:
-        left = BLOCK - position % BLOCK
-        if left < HEAD:
-            position += left
-            continue
-        checksum, size, kind = unpack(data, position)
-        if kind == 0 and size == 0 and checksum == 0:
-            position += left
-            continue
-        start, stop = position + HEAD, position + HEAD + size
-        fits = 1 <= kind <= 4 and HEAD + size <= left
-        if fits and stop > end:
-            return
-        if not fits or crc32(data[start:stop], seeds[kind]) != checksum:
-            parts, open_record = b"", False
-            position += left
-            if position < end:
-                yield None
-            continue
-        position = stop
-        if kind == FULL:
-            yield data[start:stop]
-            open_record = False
-        elif kind == FIRST:
-            parts, open_record = data[start:stop], True
-        elif open_record:  # the rest of a record whose beginning was lost is dropped with it
-            parts += data[start:stop]
-            if kind == LAST:
-                yield parts
-                open_record = False
-
-
-def read_fragment(path: Path) -> Fragment:
-    """One `.wandb` file, as far as it can be read. Raises UserError when it is not one or its version is unknown."""
-    from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
-    try:
-        data = path.read_bytes()
-    except OSError as refusal:
-        raise console.UserError(f"{path}: {refusal.strerror}") from refusal
-    if not data.startswith(MAGIC):
-        torn = len(data) < HEAD and MAGIC.startswith(data)
-        why = "is empty or cut inside its header" if torn else "is no W&B log, or of a version this reader is not for"
-        raise console.UserError(f"{path}: {why}")
-    part = Fragment(path)
-    parse, columns = Record.FromString, part.columns
-    for payload in payloads(data):
-        if payload is None:
-            part.damaged += 1
-            continue
-        try:
-            record = parse(payload)
-        except DecodeError:
-            part.damaged += 1
-            continue
-        kind = record.WhichOneof("record_type")
-        if kind == "history":
-            row, tables = len(part.steps), []
-            step = record.history.step.num
-            for item in record.history.item:
-                nested = item.nested_key
-                depth = len(nested)
-                key = nested[0] if depth else item.key
-                if depth > 1:
-                    if nested[-1] == "_type" and item.value_json == '"table-file"':
-                        tables.append(key)
-                    key = ".".join(nested)
-                if key == "_step":
-                    step = int(float(item.value_json))
-                elif (column := columns.get(key)) is None:
-                    columns[key] = ([row], [item.value_json])
-                else:
-                    column[0].append(row)
-                    column[1].append(item.value_json)
-            part.steps.append(step)
-            for table in tables:
-                keep_table(part, table)
-        elif kind == "summary":
-            # Each record brings only what changed, so all are looked at; their JSON is parsed once, at the end.
-            for update in record.summary.update:
-                nested = update.nested_key
-                key = nested[0] if len(nested) == 1 else update.key or ".".join(nested)
-                part.summary[key] = update.value_json
-            for removed in record.summary.remove:
-                part.summary.pop(removed.key or ".".join(removed.nested_key), None)
-        elif kind == "run":
-            part.record = record.run
-            configure(part.config, record.run.config)
-        elif kind == "config":
-            configure(part.config, record.config)
-        elif kind == "exit" and record.control.mailbox_slot:
-            # A wandb-core shared with a living parent closes a SIGKILLed child's log with "exit code 0". Only a process
-            # that really finishes waits for an answer, so only its exit record names a mailbox.
-            part.exit_code = record.exit.exit_code
-        elif kind == "exit":
-            part.abandoned = True
-    part.summary = dict(leaves({key: from_json(text) for key, text in part.summary.items()}))
-    return part
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts, their keys joined by dots."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def configure(config: dict[str, Any], record: Any) -> None:
-    """Apply one ConfigRecord to `config`; wandb's own `_wandb` entry is left out."""
-    for update in record.update:
-        *parents, key = list(update.nested_key) or [update.key]
-        if (parents or [key])[0] == "_wandb":
-            continue
-        place = config
-        for parent in parents:
-            if not isinstance(place.get(parent), dict):
-                place[parent] = {}
-            place = place[parent]
-        place[key] = from_json(update.value_json)
-    for removed in record.remove:
-        config.pop(removed.key, None)
-
-
-def keep_table(part: Fragment, name: str) -> None:
-    """Remember the file of the table that was just logged under `name`, if it lies inside the run's own folder."""
-    files = (part.path.parent / "files").resolve()
-    told = from_json(part.columns.get(f"{name}.path", ([], [""]))[1][-1])
-    if isinstance(told, str) and (file := (files / told).resolve()).is_relative_to(files):
-        part.tables[name] = file
-
-
 def merge(fragments: list[Fragment], now: float) -> Run:
     """Fragments of one run id as one Run: rows from a later fragment's first step on replace the earlier ones."""
     # A copy of the same fragment (a backup, a synced folder) starts at the same instant: the longest one counts.
-    newest = {start_of(part): part for part in sorted(fragments, key=lambda part: part.path.stat().st_size)}
+    newest = {part.head.started: part for part in sorted(fragments, key=lambda part: part.path.stat().st_size)}
     parts = [newest[start] for start in sorted(newest)]
     last = parts[-1]
     ends = [math.inf] * len(parts)
     for i in range(len(parts) - 2, -1, -1):
-        ends[i] = min([ends[i + 1], *parts[i + 1].steps])
+        ends[i] = min([ends[i + 1], *parts[i + 1].steps.tolist()])
     rows = [series(part, end) for part, end in zip(parts, ends, strict=True)]
-    history = {
-        key: Series(*map(np.concatenate, zip(*(row[key] for row in rows if key in row), strict=True)))
-        for key in dict.fromkeys(key for row in rows for key in row)
-    }
+    history = rows[0] if len(rows) == 1 else joined(rows)
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     tables: dict[str, Path] = {}
@@ -306,15 +188,15 @@ def merge(fragments: list[Fragment], now: float) -> Run:
     status = summary.get("status")
     if status not in VERDICTS:
         status = state if last.exit_code is None else STATUS_OF_EXIT.get(last.exit_code, "crashed")
-    run = last.record
+    head = last.head
     return Run(
-        id=run.run_id,
-        name=run.display_name or run.run_id,
-        group=run.run_group,
-        job_type=run.job_type,
-        tags=list(run.tags),
-        sweep_id=run.sweep_id,
-        project=run.project,
+        id=head.run_id,
+        name=head.name or head.run_id,
+        group=head.group,
+        job_type=head.job_type,
+        tags=list(head.tags),
+        sweep_id=head.sweep_id,
+        project=head.project,
         config=config,
         summary=summary,
         history=history,
@@ -322,55 +204,38 @@ def merge(fragments: list[Fragment], now: float) -> Run:
         state=state,
         status=status,
         exit_code=last.exit_code,
-        started=start_of(parts[0]),
+        started=parts[0].head.started,
         paths=[part.path for part in parts],
         damaged=sum(part.damaged for part in parts),
     )
 
 
-def start_of(part: Fragment) -> float:
-    """Unix seconds at which the fragment started."""
-    return part.record.start_time.seconds + part.record.start_time.nanos / 1e9
-
-
 def series(part: Fragment, end: float) -> dict[str, Series]:
-    """The fragment's numeric columns, rows before step `end` only; text, media and mixed columns are left out."""
-    steps = np.array(part.steps, dtype=np.int64)
-    columns = {}
-    for key, (rows, texts) in part.columns.items():
-        values = numbers(texts)
-        if values is not None:
-            columns[key] = (np.array(rows, dtype=np.int64), values)
+    """The fragment's columns, rows before step `end` only; those with the same rows share their steps and tokens."""
+    steps = part.steps
     tokens = np.full(len(steps), np.nan)
-    if "tokens" in columns:
-        tokens[columns["tokens"][0]] = columns["tokens"][1]
+    if "tokens" in part.columns:
+        at, values = part.columns["tokens"]
+        tokens[at] = values
+    axes: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray | None]] = {}
     kept = {}
-    for key, (at, values) in columns.items():
-        keep = steps[at] < end
-        if keep.any():
-            kept[key] = Series(steps[at][keep], tokens[at][keep], values[keep])
+    for key, (at, values) in part.columns.items():
+        if id(at) not in axes:
+            before = steps[at] < end
+            axes[id(at)] = (steps[at][before], tokens[at][before], None if before.all() else before)
+        step, token, some = axes[id(at)]
+        if len(step):
+            kept[key] = Series(step, token, values if some is None else values[some])
     return kept
 
 
-def numbers(texts: list[str]) -> np.ndarray | None:
-    """JSON texts as float64, or None when any is no number. One parse for the column: ten times one per value."""
-    try:
-        parsed = json.loads("[" + ",".join(texts) + "]")
-        if any(isinstance(value, str) for value in parsed):
-            parsed = [float(value) if value in ("NaN", "Infinity", "-Infinity") else value for value in parsed]
-        if not all(isinstance(value, int | float) for value in parsed):
-            return None
-        return np.array(parsed, dtype=np.float64)
-    except (ValueError, OverflowError):
-        return None
-
-
-def from_json(text: str) -> Any:
-    """One JSON value; text that is not JSON (a damaged record that kept its checksum) stays text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def joined(parts: list[dict[str, Series]]) -> dict[str, Series]:
+    """Histories that follow each other as one."""
+    keys = dict.fromkeys(key for part in parts for key in part)
+    return {
+        key: Series(*map(np.concatenate, zip(*(part[key] for part in parts if key in part), strict=True)))
+        for key in keys
+    }
 
 
 def table(path: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ import tyro
 from scipy import stats
 
 import console
-from gacha import runs
+from gacha import fragments, runs
 from gacha.runs import Run
 from pretrain.siblings import Curve, centred_median, finite
 
@@ -99,7 +99,7 @@ def planted(run: Run) -> tuple[str, int]:
 
 def resumed_at(run: Run) -> int:
     """Updates done when a pull was resumed, by its planted fault or its last fragment; 0 if neither says."""
-    steps = runs.read_fragment(run.paths[-1]).steps if len(run.paths) > 1 else []
+    steps = fragments.read_fragment(run.paths[-1]).steps.tolist() if len(run.paths) > 1 else []
     return planted(run)[1] or max(0, min(steps, default=0) - 1)
 
 

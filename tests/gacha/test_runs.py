@@ -16,7 +16,7 @@ import pytest
 from wandb.proto.wandb_internal_pb2 import Record, RunExitRecord  # type: ignore[attr-defined]
 
 import console
-from gacha import runs
+from gacha import fragments, leveldb, records, runs
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_agrees_with_wandb_leet_inspect(read: dict[str, runs.Run]) -> None:
             np.testing.assert_array_equal(np.array(theirs).T, np.array(run.history[metric]))
         assert len(run.history["train/loss"].step) > 5
         assert told["config"] == {key: value for key, value in run.config.items() if value != {}}
-        flat = dict(runs.leaves(told["summary"]))
+        flat = dict(fragments.leaves(told["summary"]))
         assert {key for key in flat if not key.startswith("_wandb")} <= run.summary.keys()
         for key in ("status", "val/loss.min", "cost/money", "tokens", "train/loss"):
             assert str(flat[key]).lower() == str(run.summary[key]).lower()
@@ -119,7 +119,7 @@ def test_survives_a_cut_at_every_byte_of_the_tail(read: dict[str, runs.Run], tmp
     data, kept = path.read_bytes(), []
     for size in range(len(data) - 600, len(data)):
         path.write_bytes(data[:size])
-        part = runs.read_fragment(path)
+        part = fragments.read_fragment(path)
         assert part.damaged == 0
         kept.append(len(part.steps))
         loss = runs.merge([part], time.time()).history["train/loss"].value
@@ -162,10 +162,86 @@ def test_garbage_in_the_middle_costs_one_block(read: dict[str, runs.Run], tmp_pa
 def test_tables_stay_inside_the_run(read: dict[str, runs.Run]) -> None:
     rows = runs.table(read["3f9c1a7e-s0"].tables["samples"])
     assert [row["prompt"] for row in rows] == ["いつも", "議事録"] and "納期" in rows[0]["text"]
-    part = runs.Fragment(read["3f9c1a7e-s0"].paths[0])
-    part.columns["x.path"] = ([0], ['"../../../../etc/passwd"'])
-    runs.keep_table(part, "x")
+    part = fragments.Fragment(read["3f9c1a7e-s0"].paths[0])
+    fragments.keep_table(part, "x", "../../../../etc/passwd")
     assert part.tables == {}
+
+
+def test_bulk_decoding_says_what_protobuf_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of numbers, of text, of media and of keys as long as the bytes that mark an item, from wandb and by hand."""
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    import wandb
+
+    settings = wandb.Settings(console="off", x_disable_stats=True, silent=True)
+    run = wandb.init(mode="offline", dir=str(tmp_path), project="p", settings=settings)
+    run.define_metric("val/loss", summary="min,max,mean")
+    for step in range(60):
+        row = {"nan": math.nan if step % 3 else 1.5, "inf": -math.inf, "nest": {"a": step, "b": {"c": step * 2.0}}}
+        row |= {"y" * 100: -step, "いつも": 1e-300 * step, "big": 10**30 + step, "d.o.t": 2**53 + step}
+        row |= {"mixed": "a" if step == 35 else step, "val/loss": 1 / (step + 1)}
+        if step % 5 == 0:
+            row |= {
+                "flag": step % 2 == 0,
+                "none": None,
+                "text": 'a "b" \x01 いつも',
+                "x" * 130: step,
+                "long": "z" * 130,
+                "list": [1, 2],
+            }
+            row |= {"deep": {"table": wandb.Table(columns=["a"], data=[[step]])}, "hist": wandb.Histogram([1, 2])}
+        run.log(row, step=step)
+        if step == 20:
+            run.summary.update({"only": "x", "gone": 1, "nested": {"q": {"r": 1}}})
+        if step == 40:
+            del run.summary["gone"]
+    run.finish()
+    wandb.teardown()
+    (path,) = runs.log_files(tmp_path)
+    with path.open("ab") as file:  # a row whose step stands in its own field only, and one without a value
+        for number, item in ((1000, {"key": "by hand", "value_json": "2.5"}), (1001, {"key": "by hand"})):
+            record = Record(num=number, history={"item": [item], "step": {"num": number}}).SerializeToString()
+            file.write(struct.pack("<IHB", zlib.crc32(b"\x01" + record), len(record), 1) + record)
+
+    plain: dict[str, list[tuple[int, str]]] = {}
+    summary: dict[str, str] = {}
+    bulk = records.decode([payload for payload in leveldb.split(path.read_bytes()[7:], 7)[0] if payload])
+    for payload in leveldb.split(path.read_bytes()[7:], 7)[0]:
+        assert payload is not None
+        record = Record.FromString(payload)
+        said: dict[str, str] = {".".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
+        for key, text in said.items():
+            plain.setdefault(key, []).append((int(said.get("_step", record.history.step.num)), text))
+        summary |= {".".join(item.nested_key) or item.key: item.value_json for item in record.summary.update}
+        for item in record.summary.remove:
+            del summary[".".join(item.nested_key) or item.key]
+    (run_read,) = runs.read(path)
+    assert 20 < len(bulk.records) < 60 and {"x" * 130, "いつも", "nest.b.c", "nan"} <= run_read.history.keys()
+    for key, cells in plain.items():
+        parsed = [json.loads(text or "null") for _, text in cells]
+        if key == "_step" or not all(isinstance(value, int | float) for value in parsed):
+            assert key not in run_read.history
+            continue
+        np.testing.assert_array_equal(run_read.history[key].step, [step for step, _ in cells])
+        np.testing.assert_array_equal(run_read.history[key].value, np.array(parsed, float))
+    told = dict(fragments.leaves({key: json.loads(text) for key, text in summary.items()}))
+    assert told.keys() == run_read.summary.keys() and repr(sorted(told.items())) == repr(
+        sorted(run_read.summary.items())
+    )
+    assert "gone" not in told and told["nested.q.r"] == 1 and run_read.tables.keys() == {"deep.table"}
+
+
+def test_logs_longer_than_a_piece_and_workers_change_nothing(
+    read: dict[str, runs.Run], machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces smaller than a record, and a process a core, give the runs that one piece and one process give."""
+    monkeypatch.setattr(fragments, "PIECE", 512)
+    monkeypatch.setattr(runs, "WORTH_FORKING", 1)
+    again = {run.name: run for run in runs.read(machine)}
+    assert list(again) == list(read)
+    for name, run in read.items():
+        assert again[name].history.keys() == run.history.keys() and again[name].summary == run.summary
+        for key, series in run.history.items():
+            np.testing.assert_array_equal(np.array(again[name].history[key]), np.array(series))
 
 
 def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:
