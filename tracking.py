@@ -107,6 +107,12 @@ class Tracker:
 
         self._do(lambda: self.run.log({name: wandb.Table(columns=columns, data=rows)}, step=step))
 
+    def page(self, name: str, path: Path, step: int) -> None:
+        """A self-contained HTML page, shown by W&B as it is. A copy of it goes into the run's files."""
+        import wandb
+
+        self._do(lambda: self.run.log({name: wandb.Html(path.read_text(encoding="utf-8"), inject=False)}, step=step))
+
     def alert(self, title: str, text: str) -> None:
         self._do(lambda: self.run.alert(title=title, text=text))
 
@@ -124,8 +130,14 @@ class Tracker:
 
     def use_artifact(self, name: str) -> None:
         """Draw lineage in W&B where a server can resolve it; offline wandb raises, and config["lineage"] has it."""
+
+        def job() -> None:
+            # The server has it only if the stage that made it ran online: no loss, and nothing to tell of.
+            with contextlib.suppress(Exception):
+                self.run.use_artifact(name)
+
         if self.mode == "online":
-            self._do(lambda: self.run.use_artifact(name))
+            self._do(job)
 
     def mark_preempting(self) -> None:
         self._do(lambda: self.run.mark_preempting())
@@ -144,6 +156,14 @@ class Tracker:
             print(f"W&B: {lost}; the run itself is complete on disk", file=sys.stderr, flush=True)
 
 
+def has_key(settings: Any) -> bool:
+    """Whether wandb would find a key for the server of its `settings` without asking for one."""
+    from wandb.sdk.lib.wbauth import wbnetrc
+
+    named = any(os.environ.get(key) for key in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
+    return named or wbnetrc.read_netrc_auth(host=settings.base_url) is not None
+
+
 def start(
     stage: str,
     config: dict[str, Any],
@@ -157,6 +177,8 @@ def start(
     alone: bool = True,
     lineage: dict[str, Any] | None = None,
     hardware: str | None = None,
+    project: str = PROJECT,
+    entity: str | None = None,
 ) -> Tracker:
     """Open the W&B run of one stage with the house's records: group = recipe, job_type = stage, x axis, lineage.
 
@@ -173,14 +195,12 @@ def start(
     if wanted and wanted not in MODES:
         raise console.UserError(f"WANDB_MODE={wanted}: choose {', '.join(MODES)}")
     import wandb
-    from wandb.sdk.lib.wbauth import wbnetrc
 
     known = wandb.setup().settings
     chosen = wanted or (known.mode if known.mode != "online" else None)
-    has_key = any(os.environ.get(key) for key in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
-    has_key = has_key or wbnetrc.read_netrc_auth(host=known.base_url) is not None
-    mode: Any = chosen or ("online" if has_key else "offline")
-    if not chosen and not has_key:
+    keyed = has_key(known)
+    mode: Any = chosen or ("online" if keyed else "offline")
+    if not chosen and not keyed:
         say_once("W&B: no key and no WANDB_MODE, so this run is recorded offline (wandb sync sends it later)")
 
     commit = git_commit()
@@ -194,7 +214,8 @@ def start(
         "lineage": lineage or {},
     }
     arguments: dict[str, Any] = {
-        "project": os.environ.get("WANDB_PROJECT") or PROJECT,
+        "project": os.environ.get("WANDB_PROJECT") or project,
+        "entity": os.environ.get("WANDB_ENTITY") or entity,
         "config": record,
         "group": os.environ.get("WANDB_RUN_GROUP") or recipe,
         "job_type": stage,
@@ -277,6 +298,23 @@ def save_sweep_params(path: Path, params: dict[str, Any]) -> None:
     from wandb.sdk.lib.config_util import save_config_file_from_dict
 
     save_config_file_from_dict(os.fspath(path), wrapped(params))
+
+
+def optuna_scheduler(sweep_id: str, definition: dict[str, Any]) -> Any:
+    """wandb's ask-and-tell optimizer over Optuna for a sweep definition; whatever is wrong with its `source` raises."""
+    from wandb.sdk.sweeps.scheduler.optuna import build_optuna_optimizer
+    from wandb.sdk.sweeps.sweep_info import SweepInfo
+
+    named = {key: definition.get(key, "") for key in ("name", "entity", "project")}
+    return build_optuna_optimizer(SweepInfo(id=sweep_id, config=definition, controller_run_name="", **named))
+
+
+def scheduler_run(params: dict[str, Any], state: str, metrics: dict[str, float]) -> Any:
+    """A run as wandb's optimizers are told of it; `state` is one of W&B's, `metrics` its summary."""
+    from wandb.sdk.sweeps.run_state import RunState
+    from wandb.sdk.sweeps.scheduler.optimizer import RunConfig, RunWithMetrics
+
+    return RunWithMetrics(RunConfig.from_values(params), RunState(state), "", metrics, [])
 
 
 def wrapped(params: dict[str, Any]) -> dict[str, dict[str, Any]]:

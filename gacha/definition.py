@@ -7,13 +7,12 @@ file lists them. Values that are equal count once (3.0 equals 3; the spelling wr
 same learning rate is one run, five pulls need a `seed`.
 """
 
-import difflib
 import hashlib
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,7 @@ from typing import Any
 import yaml
 
 from console import UserError
-
-TEXTS = ("name", "project", "entity", "description", "program", "apiVersion", "kind")
-SERVED = (*TEXTS, "command", "method", "metric", "parameters", "run_cap")
-NOT_SERVED = ("early_terminate", "controller", "scheduler", "metrics", "job", "image_uri")
-METRIC = ("name", "goal", "target", "impute", "impute_while_running")
-MACROS = (
-    *("env", "interpreter", "program", "args", "args_no_equals", "args_no_hyphens", "args_no_boolean_flags"),
-    *("args_json", "args_json_file", "args_append_hydra", "args_override_hydra"),
-)
-RANGES = ("min", "max", "mu", "sigma", "q", "a", "b", "probabilities")
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # the schema's pattern for parameter names
-MOST_POINTS = 100_000  # nobody means a larger grid; far below what would fill the memory
+from gacha import lint, space
 
 
 @dataclass(frozen=True)
@@ -46,15 +34,23 @@ class Sweep:
     sweep_id: str
     """8 characters out of the content: the same definition is the same sweep, wherever the file lies."""
     points: list[dict[str, Any]]
-    """Parameters of each run, in the order in which they are served, cut at `run_cap`."""
+    """Parameters of each run, in the order in which they are served, cut at `run_cap`; empty if not `listed`."""
+    listed: bool = True
+    """Whether `points` holds them all. If not, gacha.search proposes one after the other."""
+    sampler_seed: int = 0
+    """Of random and Bayesian search."""
+    warnings: tuple[str, ...] = ()
+    """Remarks of the lint, a line each."""
 
 
-def read(path: str) -> Sweep:
+def read(path: str, sampler_seed: int = 0) -> Sweep:
     """The sweep in `path`. Raises UserError, one line naming file and key, on whatever is wrong with it."""
+    if sampler_seed < 0:
+        raise UserError(f"--sampler_seed {sampler_seed}: must be 0 or more")
     try:
         text = Path(path).read_text(encoding="utf-8")
         definition = yaml.safe_load(text)
-        check_written(path, yaml.compose(text, Loader=yaml.SafeLoader))
+        lint.check_written(path, yaml.compose(text, Loader=yaml.SafeLoader))
         content = json.dumps(definition)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a sweep definition") from None
@@ -70,15 +66,29 @@ def read(path: str) -> Sweep:
         raise UserError(f"{path}: holds a value that JSON cannot ({error}); put dates in quotes") from None
     if not isinstance(definition, dict):
         raise UserError(f"{path}: not a mapping; a sweep definition has keys such as program, method, parameters")
-    check(path, definition)
-    size = math.prod(len(values) for _, values in leaves(definition["parameters"]))
-    cap = definition.get("run_cap")
-    if min(size, cap or size) > MOST_POINTS:
-        raise UserError(f"{path}: parameters: a grid of {size:,} points; set run_cap ({MOST_POINTS:,} at most)")
+    warnings = lint.check(path, definition)
+    method, cap = definition["method"], definition.get("run_cap")
     # A larger run_cap or another description is the same sweep with more of it wanted: finished runs stay finished.
     identity = {key: value for key, value in json.loads(content).items() if key not in ("run_cap", "description")}
+    if method != "grid":
+        identity["sampler_seed"] = sampler_seed
+    points, most = [], cap
+    if method == "grid":
+        size = math.prod(len(values) for _, values in leaves(definition["parameters"]))
+        most = min(size, cap or size)
+    if method in ("grid", "random") and most and most > space.MOST_POINTS:
+        raise UserError(f"{path}: parameters: {most:,} points; set run_cap ({space.MOST_POINTS:,} at most)")
+    if method == "grid":
+        points = list(itertools.islice(grid(definition["parameters"]), cap))
+    elif method == "random":
+        from gacha import sampling
+
+        points = [sampling.point(definition["parameters"], sampler_seed, index) for index in range(cap or 0)]
+    if "early_terminate" in definition:
+        warnings += lint.never_stops(definition["early_terminate"], most)
     sweep_id = short_id(json.dumps(identity, sort_keys=True))
-    return Sweep(path, definition, sweep_id, list(itertools.islice(grid(definition["parameters"]), cap)))
+    listed = method == "grid" or (method == "random" and cap is not None)
+    return Sweep(path, definition, sweep_id, points, listed, sampler_seed, tuple(warnings))
 
 
 def short_id(text: str) -> str:
@@ -87,150 +97,26 @@ def short_id(text: str) -> str:
     return "".join("0123456789abcdefghijklmnopqrstuvwxyz"[number // 36**i % 36] for i in range(8))
 
 
-# ---- lint: what W&B would only warn of, or serve as something else than was meant
+# ---- points
 
 
-def meant(word: object, known: tuple[str, ...]) -> str:
-    """The end of a message about the unknown `word`: the nearest known word, or all of them."""
-    near = difflib.get_close_matches(str(word), known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-
-
-def check_written(path: str, node: yaml.Node | None, key: str = "") -> None:
-    """Raise on what only the text shows: a key given twice, and a number that YAML 1.1 reads as text."""
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for name, child in node.value:
-            inner = f"{key}.{name.value}".lstrip(".")
-            if name.value in seen and name.value != "<<":
-                raise UserError(f"{path}:{name.start_mark.line + 1}: {inner}: given twice; keep one")
-            seen.add(name.value)
-            check_written(path, child, inner)
-    elif isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            check_written(path, child, key)
-    elif isinstance(node, yaml.ScalarNode) and node.style is None and node.tag == "tag:yaml.org,2002:str":
-        # In quotes it is text on purpose.
-        number = as_number(node.value)
-        if number and key.startswith("parameters."):
-            line = node.start_mark.line + 1
-            raise UserError(f"{path}:{line}: {key}: {node.value} is text, not a number, in YAML; write {number}")
-
-
-def as_number(text: str) -> str | None:
-    """How YAML 1.1 wants the number that `text` looks like, e.g. 1.0e-3 for 1e-3; None if it is no number."""
-    parts = re.fullmatch(r"([+-]?)(\d*)\.?(\d*)(?:[eE]([+-]?)(\d+))?", text)
-    if not parts or not (parts[2] or parts[3]):
-        return None
-    sign, whole, fraction, exponent_sign, exponent = parts.groups(default="")
-    whole = sign + (whole.lstrip("0") or "0")
-    if not (fraction or exponent):
-        return whole
-    return f"{whole}.{fraction or '0'}" + (f"e{exponent_sign or '+'}{exponent}" if exponent else "")
-
-
-def check(path: str, definition: dict[str, Any]) -> None:
-    """Raise UserError on the first key that W&B would refuse or that is not served offline."""
-
-    def wrong(key: str, message: str) -> UserError:
-        return UserError(f"{path}: {key}: {message}")
-
-    for key in definition:
-        if key in NOT_SERVED:
-            raise wrong(key, "not served offline yet; served: " + ", ".join(SERVED))
-        if key not in SERVED:
-            raise wrong(key, f"unknown key; {meant(key, SERVED)}")
-    for key in TEXTS:
-        if key in definition and not isinstance(definition[key], str):
-            raise wrong(key, f"must be text, not {definition[key]!r}")
-    method = definition.get("method")
-    if method is None:
-        raise wrong("method", "missing; write method: grid")
-    if method in ("random", "bayes", "custom"):
-        raise wrong("method", f"{method} is not served offline yet; served: grid")
-    if method != "grid":
-        raise wrong("method", f"unknown method {method!r}; write method: grid")
-    check_command(path, definition)
-    metric = definition.get("metric")
-    if "metric" in definition:
-        if not isinstance(metric, dict) or not isinstance(metric.get("name"), str):
-            raise wrong("metric", "needs a name, e.g. metric: {name: val/bpb, goal: minimize}")
-        for key in metric:
-            if key not in METRIC:
-                raise wrong(f"metric.{key}", f"unknown key; {meant(key, METRIC)}")
-        if metric.get("goal", "minimize") not in ("minimize", "maximize"):
-            raise wrong("metric.goal", f"must be minimize or maximize, not {metric['goal']!r}")
-    cap = definition.get("run_cap", 1)
-    if not isinstance(cap, int) or isinstance(cap, bool) or cap < 1:
-        raise wrong("run_cap", f"must be a whole number of runs, 1 or more, not {cap!r}")
-    if "parameters" not in definition:
-        raise wrong("parameters", "missing; name what to vary, e.g. seed: {values: [0, 1, 2]}")
-    check_parameters(path, "parameters", definition["parameters"])
-
-
-def check_command(path: str, definition: dict[str, Any]) -> None:
-    """Raise UserError on a command that cannot run: an unknown macro, a program that is not there."""
-    command = definition.get("command", ["${program}"])
-    if not isinstance(command, list) or not command or not all(isinstance(word, str | int | float) for word in command):
-        raise UserError(f"{path}: command: must be a list of words, e.g. ['${{env}}', '${{program}}', '${{args}}']")
-    for word in map(str, command):
-        if word.startswith("${") and word.endswith("}") and word[2:-1] not in MACROS and "envvar:" not in word:
-            # The real agent drops it without a word.
-            raise UserError(f"{path}: command: unknown macro {word}; {meant(word[2:-1], MACROS)}")
-    if "${program}" not in command:
-        return
-    if "program" not in definition:
-        raise UserError(f"{path}: program: missing; name the training script, e.g. program: train.py")
-    if not Path(definition["program"]).is_file():
-        raise UserError(
-            f"{path}: program: {definition['program']} is no file in {Path.cwd()}; start from the folder that holds it"
-        )
-
-
-def check_parameters(path: str, where: str, parameters: object) -> None:
-    """Raise UserError on the first parameter that a grid cannot serve; nested `parameters:` are looked into."""
-    if not isinstance(parameters, dict) or not parameters:
-        raise UserError(f"{path}: {where}: must be a mapping of parameters, e.g. seed: {{values: [0, 1, 2]}}")
-    for name, spec in parameters.items():
-        key = f"{path}: {where}.{name}"
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise UserError(f"{key}: not a name that W&B takes (letters, digits, _ . -, not a digit first)")
-        if not isinstance(spec, dict):
-            kind = "values" if isinstance(spec, list) else "value"
-            raise UserError(f"{key}: must be a mapping; write {name}: {{{kind}: {spec}}}")
-        given = [form for form in ("value", "values", "parameters") if form in spec]
-        ranged = [word for word in spec if word in RANGES]
-        if ranged or spec.get("distribution", "constant") not in ("constant", "categorical"):
-            word = ranged[0] if ranged else "distribution"
-            raise UserError(f"{key}: {word}: ranges and distributions are not served offline yet; list the values")
-        for word in spec:
-            if word not in ("value", "values", "parameters", "distribution"):
-                raise UserError(f"{key}: unknown attribute {word}; {meant(word, ('value', 'values', 'parameters'))}")
-        if len(given) != 1:
-            found = f"both {' and '.join(given)}" if given else "no value"
-            raise UserError(f"{key}: has {found}; give it one of value, values, parameters")
-        if spec.get("distribution") not in (None, {"value": "constant", "values": "categorical"}.get(given[0])):
-            raise UserError(f"{key}: distribution: {spec['distribution']} does not go with {given[0]}; leave it out")
-        if given == ["parameters"]:
-            check_parameters(path, f"{where}.{name}.parameters", spec["parameters"])
-        elif given == ["values"] and (not isinstance(spec["values"], list) or not spec["values"]):
-            raise UserError(f"{key}: values: must be a list of at least one value")
-
-
-# ---- grid
-
-
-def leaves(parameters: dict[str, Any], above: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], list[Any]]]:
+def leaves(parameters: dict[str, Any]) -> list[tuple[tuple[str, ...], list[Any]]]:
     """(path of names, distinct values) of every parameter, in the engine's order (see the head of this file)."""
-    found = []
-    for name, spec in sorted(parameters.items()):
-        if "parameters" in spec:
-            found += leaves(spec["parameters"], (*above, name))
-        else:
-            # A dict keeps the first place and the last spelling, as the engine's table of hashes does.
-            values = [spec["value"]] if "value" in spec else spec["values"]
-            found.append(((*above, name), list({same(value): value for value in values}.values())))
-    return found
+    # A dict keeps the first place and the last spelling, as the engine's table of hashes does.
+    found = space.leaves(parameters)
+    return [(names, list({same(value): value for value in listed(spec)}.values())) for names, spec in found]
+
+
+def listed(spec: dict[str, Any]) -> Sequence[Any]:
+    """The values of a parameter that a grid can serve, those of a range as W&B's engine lists them."""
+    kind = space.distribution(spec)
+    if kind == "int_uniform":
+        return range(spec["min"], spec["max"] + 1)
+    if kind == "q_uniform":
+        import numpy as np
+
+        return np.arange(spec["min"], spec["max"], spec.get("q", 1.0)).tolist()  # without max
+    return [spec["value"]] if kind == "constant" else spec["values"]
 
 
 def same(value: Any) -> str:
@@ -240,16 +126,22 @@ def same(value: Any) -> str:
 
 
 def grid(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The points of the grid; within a point plain parameters come first and nested ones after, as the engine's do."""
+    """The points of the grid."""
     found = leaves(parameters)
+    names = [path for path, _ in found]
     for values in itertools.product(*(values for _, values in found)):
-        point: dict[str, Any] = {}
-        for (names, _), value in sorted(zip(found, values, strict=True), key=lambda leaf: len(leaf[0][0]) > 1):
-            inner = point
-            for name in names[:-1]:
-                inner = inner.setdefault(name, {})
-            inner[names[-1]] = value
-        yield point
+        yield nest(zip(names, values, strict=True))
+
+
+def nest(values: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+    """A point of (path of names, value); plain parameters come first and nested ones after, as the engine's do."""
+    point: dict[str, Any] = {}
+    for names, value in sorted(values, key=lambda leaf: len(leaf[0]) > 1):
+        inner = point
+        for name in names[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[names[-1]] = value
+    return point
 
 
 def flat(params: dict[str, Any], above: str = "") -> dict[str, Any]:
