@@ -13,18 +13,24 @@ from rich.table import Table
 from rich.text import Text
 
 from gacha.definition import flat, same
-from gacha.ledger import STATUSES, Pull
+from gacha.ledger import STATUSES, Ledger, Pull
 
 REDRAW_SECONDS, HEARTBEAT_SECONDS = 0.5, 15.0
-COLOURS = {"finished": "green", "diverged": "yellow", "failed": "red", "interrupted": "magenta", "running": "cyan"}
+COLOURS = {"finished": "green", "diverged": "yellow", "stopped": "yellow", "failed": "red"}
+COLOURS |= {"interrupted": "magenta", "running": "cyan"}
+
+
+def say(line: str) -> None:
+    """One line of progress."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class Board:
-    """Shows `pulls` on stderr; a context manager, told of starts and ends, and ticked by the serving loop."""
+    """Shows the pulls of a sweep on stderr; a context manager, told of starts and ends, and ticked by the agent."""
 
-    def __init__(self, pulls: list[Pull]) -> None:
-        self.pulls = pulls
-        self.labels = labels(pulls)
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.labels = labels(ledger.pulls)
         self.screen = Console(stderr=True)
         self.live = Live(console=self.screen, auto_refresh=False, transient=True) if self.screen.is_terminal else None
         self.due = time.monotonic()
@@ -40,25 +46,32 @@ class Board:
         if self.live:
             self.live.stop()
 
+    def label(self, pull: Pull) -> str:
+        if len(self.labels) != len(self.ledger.pulls):
+            self.labels = labels(self.ledger.pulls)
+        return self.labels[pull.index]
+
     def tell(self, pull: Pull, news: str) -> None:
         """A start or an end: a line in a file; on a terminal the table shows it."""
         if not self.live:
-            print(f"[{pull.index + 1}/{len(self.pulls)}] {pull.run_id} {news}", file=sys.stderr, flush=True)
+            sweep = self.ledger.sweep
+            total = len(sweep.points) if sweep.listed else sweep.definition.get("run_cap")
+            say(f"[{pull.index + 1}{f'/{total}' if total else ''}] {pull.run_id} {news}")
 
     def tick(self) -> None:
-        """Redraw, or repeat where each running pull is, when it is time."""
+        """Redraw, or repeat where each running pull of this agent is, when it is time."""
         if time.monotonic() < self.due:
             return
         self.due = time.monotonic() + (REDRAW_SECONDS if self.live else HEARTBEAT_SECONDS)
         if self.live:
             self.live.update(self.table(), refresh=True)
-        for pull in self.pulls:
-            if pull.status == "running":
+        for pull in self.ledger.pulls:
+            if pull.status == "running" and pull.agent == self.ledger.agent:
                 self.tell(pull, f"{clock(pull.elapsed)}  {last_line(pull.log, pull.log_from)}")
 
     def table(self) -> Table:
         """The pulls as rows; where the terminal is too short, those that run and those that ended last."""
-        counts = Counter(pull.status for pull in self.pulls)
+        counts = Counter(pull.status for pull in self.ledger.pulls)
         title = "  ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
         table = Table(title=title, title_justify="left", expand=True, box=None)
         for name in ("#", "run", "parameters", "status", "time"):
@@ -66,15 +79,15 @@ class Board:
         table.add_column("last line", no_wrap=True, overflow="ellipsis", ratio=1)
         room = max(4, self.screen.height - 4)
         # Waiting pulls are served from the front, ended ones matter from the back.
-        waiting = [pull for pull in self.pulls if pull.status == "waiting"]
-        others = [pull for pull in self.pulls if pull.status != "waiting"]
+        waiting = [pull for pull in self.ledger.pulls if pull.status == "waiting"]
+        others = [pull for pull in self.ledger.pulls if pull.status != "waiting"]
         others.sort(key=lambda pull: (pull.status != "running", -pull.index))
         shown = (others[: max(room // 2, room - len(waiting))] + waiting)[:room]
         for pull in sorted(shown, key=lambda pull: pull.index):
             line = (last_error if pull.status == "failed" else last_line)(pull.log, pull.log_from)
             status = Text(pull.status, style=COLOURS.get(pull.status, "dim"))
             time_spent = clock(pull.elapsed) if pull.elapsed else ""
-            row = (str(pull.index + 1), pull.run_id, self.labels[pull.index])
+            row = (str(pull.index + 1), pull.run_id, self.label(pull))
             table.add_row(*map(Text, row), status, Text(time_spent), Text(line))
         return table
 
@@ -138,7 +151,7 @@ def result(sweep_id: str, folder: Path, pulls: list[Pull]) -> dict[str, Any]:
         "sweep_id": sweep_id,
         "folder": str(folder),
         "runs": runs,
-        "counts": {status: counts[status] for status in STATUSES if status != "running"},
+        "counts": {status: counts[status] for status in STATUSES},
     }
 
 

@@ -8,14 +8,16 @@ else about a run (id, parameter file, lock, log, events) is as if it had a proce
 import heapq
 import json
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from console import EXIT_DIVERGED, write_atomic
 from gacha.board import last_error
 from gacha.definition import Sweep
-from gacha.ledger import Pull, settle
+from gacha.ledger import Pull
+from gacha.locks import Hold
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 FIELDS = ("seed", "init_seed", "data_seed", "sample_seed", "lr", "weight_decay")  # pretrain's grid.OF_A_PULL
@@ -30,7 +32,10 @@ class Pack:
 
     pulls: list[Pull]
     slot: int = 0
-    """Which of --jobs it occupies."""
+    """Which of its agent's slots it occupies."""
+    holds: list[Hold] = field(default_factory=list)
+    """The locks of its runs, until the process has them."""
+    argv: list[str] = field(default_factory=list)
     child: subprocess.Popen[bytes] | None = None
     log_from: int = 0
     """Where its output starts in `log`."""
@@ -90,31 +95,33 @@ class Pack:
         ]
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def settle(self, code: int | None = None, stopped: bool = False) -> list[Pull]:
-        """Record which runs have ended and return them: those told of in FILE.ended, and with the exit code of the
-        process all others. `stopped`: the agent asked for it.
-        """
-        over = []
-        if self.ended.exists() and not self.alone:
-            with self.ended.open("rb") as file:
-                file.seek(self.told)
-                lines = [line for line in file if line.endswith(b"\n")]
-            self.told += sum(map(len, lines))
-            codes = {row["run_id"]: row["exit_code"] for row in map(json.loads, lines)}
-            for pull in [pull for pull in self.open if pull.run_id in codes]:
-                settle(pull, codes[pull.run_id], stopped)
-                over.append(pull)
-        if code is None:
-            return over
-        if not self.alone and code in (0, EXIT_DIVERGED):
+    def told_ends(self) -> list[tuple[Pull, int]]:
+        """Runs that FILE.ended newly tells of, with their exit codes."""
+        if self.alone or not self.ended.exists():
+            return []
+        with self.ended.open("rb") as file:
+            file.seek(self.told)
+            lines = [line for line in file if line.endswith(b"\n")]
+        self.told += sum(map(len, lines))
+        codes = {row["run_id"]: row["exit_code"] for row in map(json.loads, lines)}
+        return [(pull, codes[pull.run_id]) for pull in self.open if pull.run_id in codes]
+
+    def ends_with(self, code: int) -> list[tuple[Pull, int]]:
+        """Runs that end with the process, whose exit code is `code`, and the exit code of each."""
+        if self.alone:
+            return [(pull, code) for pull in self.open]
+        if code in (0, EXIT_DIVERGED):
             code = 1  # for a run whose end it has not told of
         for pull in self.open:
-            if not self.alone:
-                with pull.log.open("a", encoding="utf-8") as log:
-                    log.write(f"its process ended with exit code {code}, see {self.log}:\n{self.last_error()}\n")
-            settle(pull, code, stopped)
-            over.append(pull)
-        return over
+            with pull.log.open("a", encoding="utf-8") as log:
+                log.write(f"its process ended with exit code {code}, see {self.log}:\n{self.last_error()}\n")
+        return [(pull, code) for pull in self.open]
+
+    def release(self) -> None:
+        """Let go of the locks here; a process that was started with them keeps them."""
+        for hold in self.holds:
+            hold.close()
+        self.holds = []
 
     def last_error(self) -> str:
         return last_error(self.log, self.log_from)
@@ -140,14 +147,15 @@ def possible(sweep: Sweep) -> bool:
     return ours(sweep) and starts and "${args}" in words and not {"pulls", "each"} & set(sweep.definition["parameters"])
 
 
-def plan(pulls: list[Pull], jobs: int, most: int) -> list[Pack]:
-    """`pulls` in packs of `most` at most, in the order of their first runs.
+def plan(pulls: list[Pull], jobs: int, most: int, running: Sequence[int] = ()) -> list[Pack]:
+    """`pulls` in packs of `most` at most, in the order of their first runs; preempted ones are behind.
 
-    The size is the one with which `jobs` slots are done first, if a process of n runs takes FIXED_COST + n; of equal
-    ones the smaller, since its results come sooner. What does not fit into memory is found out by `halves`.
+    The size is the one with which `jobs` slots are done first, if a process of n runs takes FIXED_COST + n and those
+    that run (`running`: how many runs each has) have just begun; of equal ones the smaller, since its results come
+    sooner. What does not fit into memory is found out by `halves`.
     """
     groups: dict[str, list[Pull]] = {}
-    for pull in pulls:
+    for pull in sorted(pulls, key=place):
         numbers = {name: value for name, value in pull.params.items() if name in FIELDS and type(value) in (int, float)}
         kept = {name: value for name, value in pull.params.items() if name not in numbers}
         # By status too: interrupted runs go on from another step than new ones begin at.
@@ -160,12 +168,18 @@ def plan(pulls: list[Pull], jobs: int, most: int) -> list[Pack]:
             for parts in [-(-len(group) // size)]
             for part in range(parts)
         ]
-        return sorted(cut, key=lambda pack: pack.pulls[0].index)
+        return sorted(cut, key=lambda pack: place(pack.pulls[0]))
 
     def done(size: int) -> float:
-        slots = [0.0] * jobs
+        slots = [FIXED_COST + n for n in running] + [0.0] * (jobs - len(running))
+        heapq.heapify(slots)
         for pack in packs(size):
             heapq.heapreplace(slots, slots[0] + FIXED_COST + len(pack.pulls))
         return max(slots)
 
     return packs(min(range(1, most + 1), key=done)) if pulls else []
+
+
+def place(pull: Pull) -> tuple[int, int]:
+    """Where a run stands in the queue: preempted ones behind those that wait, as W&B's server requeues them."""
+    return pull.preempted, pull.index

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from console import UserError
-from gacha import agent, definition, ledger
+from gacha import agent, definition, locks, process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,7 +98,7 @@ def wait_for(true: Callable[[], object], seconds: float = 15) -> None:
 def alive(run_id: str) -> bool:
     """Whether an attempt of the run lives: it holds the lock that it inherited."""
     with next(Path("wandb").glob(f"sweep-*/{run_id}.lock")).open() as file:
-        return not ledger.locked(file.fileno())
+        return not locks.locked(file.fileno())
 
 
 # ---- the grid
@@ -206,7 +206,7 @@ def test_command_macros(macro: str, words: list[str], monkeypatch: pytest.Monkey
     parameters = {"a": {"value": 1}, "yes": {"value": True}, "no": {"value": False}}
     command = ["${interpreter}", "${program}", 7, "${" + macro + "}", "x-${envvar:HOUSE}"]
     sweep = definition.read(write(parameters, command=command))
-    assert agent.command(sweep, sweep.points[0], Path("a.json")) == ["python", "child.py", "7", *words, "x-casino"]
+    assert process.command(sweep, sweep.points[0], Path("a.json")) == ["python", "child.py", "7", *words, "x-casino"]
 
 
 def test_args_json_file_is_written_beside_the_parameters(capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +228,7 @@ def test_jobs_run_at_once_on_their_own_share(
     assert max(at_once) == 2
     children = seen()
     assert {child["env"]["CUDA_VISIBLE_DEVICES"] for child in children[:2]} == {"4", "6"}
-    assert children[0]["env"]["OMP_NUM_THREADS"] == str(max(1, agent.cores() // 2))
+    assert children[0]["env"]["OMP_NUM_THREADS"] == str(max(1, len(process.cores()) // 2))
 
 
 # ---- what is remembered
@@ -332,19 +332,6 @@ def test_deaf_run_is_killed_after_the_delay_or_a_second_ctrl_c(
     assert not alive(seen()[0]["env"]["WANDB_RUN_ID"])
 
 
-def test_one_agent_a_sweep() -> None:
-    Path("mood").write_text("hang")
-    file = write({"act": {"value": "mood"}})
-    process = spawn(file)
-    wait_for(seen)
-    second = spawn(file)
-    _, progress = second.communicate(timeout=15)
-    assert second.returncode == 2 and progress.count("\n") == 1
-    assert f"another agent (process {process.pid}) serves this sweep" in progress
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=15)
-
-
 def test_flapping_ends_the_sweep(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     file = write({"act": {"value": "fail"}, "seed": {"values": list(range(9))}})
     code, result, progress = run(capsys, file)
@@ -373,8 +360,8 @@ GOOD = "program: child.py\nmethod: grid\nparameters:\n  seed: {values: [0, 1]}\n
         ("", "not a mapping"),
         (GOOD + "metod: grid\n", "metod: unknown key; did you mean method?"),
         (GOOD + "seeds: 5\n", "seeds: unknown key"),
-        (GOOD + "early_terminate: {type: hyperband}\n", "early_terminate: not served offline yet; served:"),
-        (GOOD.replace("grid", "bayes"), "method: bayes is not served offline yet; served: grid"),
+        (GOOD + "early_terminate: {type: hyperband}\n", "metric: missing"),
+        (GOOD.replace("grid", "bayes"), "metric: missing"),
         (GOOD.replace("grid", "gird"), "method: unknown method 'gird'"),
         (GOOD.replace("method: grid\n", ""), "method: missing"),
         (GOOD.replace("program: child.py\n", ""), "program: missing"),
@@ -390,7 +377,7 @@ GOOD = "program: child.py\nmethod: grid\nparameters:\n  seed: {values: [0, 1]}\n
         (GOOD + "  lr: {values: []}\n", "parameters.lr: values: must be a list of at least one value"),
         (GOOD + "  lr: {valeus: [1]}\n", "parameters.lr: unknown attribute valeus; did you mean values?"),
         (GOOD + "  lr: {value: 1, description: rate}\n", "parameters.lr: unknown attribute description"),
-        (GOOD + "  lr: {min: 0, max: 1}\n", "parameters.lr: min: ranges and distributions are not served"),
+        (GOOD + "  lr: {min: 0.0, max: 1}\n", "uniform has no list of values for a grid"),
         (GOOD + "  day: {value: 2026-01-01}\n", "date"),
         (GOOD + "  1x: {value: 1}\n", "parameters.1x: not a name that W&B takes"),
         (GOOD + "  seed: {value: 1}\n", ":5: parameters.seed: given twice"),

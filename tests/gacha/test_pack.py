@@ -15,7 +15,7 @@ import yaml
 
 import tracking
 from console import UserError
-from gacha import agent, definition, ledger, pack, runs
+from gacha import agent, definition, locks, pack, runs
 from gacha.ledger import Pull
 from pretrain import grid
 
@@ -281,10 +281,10 @@ def test_killed_agents_pack_is_ended_before_its_runs_go_on(capsys: pytest.Captur
     process.communicate()
     ids = [row["run_id"] for row in seen()[0]["rows"]]
     with next(Path("wandb").glob(f"sweep-*/{ids[1]}.lock")).open() as lock:
-        assert not ledger.locked(lock.fileno())
+        assert not locks.locked(lock.fileno())
         Path("mood").write_text("")
         code, result, _ = run(capsys, file)
-        assert code == 0 and result["counts"]["finished"] == 3 and ledger.locked(lock.fileno())
+        assert code == 0 and result["counts"]["finished"] == 3 and locks.locked(lock.fileno())
     assert [row["run_id"] for row in seen()[1]["rows"]] == ids[1:]
 
 
