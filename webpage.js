@@ -5,6 +5,7 @@ const root = document.documentElement, system = matchMedia("(prefers-color-schem
 const plots = [...document.querySelectorAll("[data-figure]")];
 let chosen = null;
 try { chosen = localStorage.getItem("gacha-theme"); } catch { /* storage may be closed to file:// pages */ }
+let tracesOf = (figure) => figure.data; // a page's own script may choose among them
 const isDark = () => (chosen ?? (system.matches ? "dark" : "light")) === "dark";
 
 function recolour(value, dark) {
@@ -15,10 +16,12 @@ function recolour(value, dark) {
   return value;
 }
 
-function draw(dark) {
+function draw(dark, places = plots, paper = 0) {
   if (!window.Plotly) return;
-  for (const place of plots) {
-    const { data: traces, layout } = recolour(data.figures[place.dataset.figure], dark);
+  for (const place of places) {
+    const figure = data.figures[place.dataset.figure];
+    const { traces, layout } = recolour({ traces: tracesOf(figure), layout: figure.layout }, dark);
+    if (paper) layout.width = place.closest(".pair") ? paper / 2 - 8 : paper;
     Plotly.react(place, traces, layout, { responsive: true, displayModeBar: false });
   }
 }
@@ -37,7 +40,7 @@ toggle.addEventListener("click", () => {
   apply();
 });
 system.addEventListener("change", apply);
-addEventListener("beforeprint", () => draw(false));
+addEventListener("beforeprint", () => draw(false, plots, 700)); // a sheet's width: it is not laid out yet
 addEventListener("afterprint", () => draw(isDark()));
 
 for (const table of [...document.querySelectorAll("table")].filter((one) => one.querySelector("th[aria-sort]"))) {
@@ -46,7 +49,7 @@ for (const table of [...document.querySelectorAll("table")].filter((one) => one.
     const down = head.getAttribute("aria-sort") === "ascending";
     heads.forEach((other) => other.setAttribute("aria-sort", "none"));
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const key = (row) => row.cells[column].dataset.v;
+    const key = (row) => row.cells[column].dataset.v ?? row.cells[column].textContent;
     const numeric = [...table.tBodies[0].rows].every((row) => key(row) === "" || !Number.isNaN(Number(key(row))));
     const order = (a, b) => (numeric ? Number(a) - Number(b) : a.localeCompare(b, undefined, { numeric: true }));
     const rows = [...table.tBodies[0].rows].sort((one, two) => {
@@ -55,6 +58,7 @@ for (const table of [...document.querySelectorAll("table")].filter((one) => one.
       return down ? order(b, a) : order(a, b);
     });
     table.tBodies[0].append(...rows);
+    table.dispatchEvent(new Event("sorted"));
   }));
 }
 

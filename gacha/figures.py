@@ -1,17 +1,23 @@
-"""The report's figures as plotly JSON. Colours are the light theme's; the page swaps them by webpage.PALETTE."""
+"""The report's curves as plotly JSON. Colours are the light theme's; the page swaps them by webpage.PALETTE.
 
+A figure is plotly's {data, layout}, and `more`: the pulls that report.js draws only when they are asked for.
+"""
+
+import base64
 import itertools
 import json
 import math
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
+from gacha import luck_figures
+from gacha.luck_figures import BANDS, colour_of
+from gacha.pulls import FINISHED
 from gacha.runs import Run, Series
 from webpage import C, blank, literal
 
-RECIPES = [C["ok"], C["recipe1"], C["recipe2"], C["recipe3"], C["recipe4"]]
-BANDS = [C[f"band{i}"] for i in range(5)]
 BATCHES = 12
 """Bad batches marked at most: the worst of them."""
 POINTS, POINTS_IN_ALL = 500, 24_000
@@ -20,21 +26,39 @@ SIBLINGS = 8
 """Healthy pulls drawn behind a diverged one."""
 GRID = 160
 """Points of the seed band and mean line."""
+ALL, FEW = 24, 10
+"""Up to ALL pulls each has its line; a band of FEW pulls or more leaves out the outer tenths."""
+BANDED = 5
+"""Recipes whose bands and best, median and worst pulls are drawn where not every pull is."""
+LOST = 8
+"""Diverged pulls drawn at most where not every pull is."""
+Found = list[tuple[dict[str, Any], Series]]
+"""Rows of the table of pulls with their curves."""
 
 
 def build(report: dict[str, Any], pulls: list[Run]) -> dict[str, Any]:
     """Figure name to plotly figure (plain dicts and lists); a figure with nothing to show is left out."""
     runs_by_id = {run.id: run for run in pulls}
     rows = [(row, runs_by_id[row["run_id"]]) for row in report["pulls"]]
-    colours = {recipe["recipe"]: i % len(RECIPES) for i, recipe in enumerate(report["recipes"])}
+    order = {recipe["recipe"]: i for i, recipe in enumerate(report["recipes"])}
+    value = report["value"]
+    loss = curves("train/loss", "nats per token", rows, order, None)
     drawn = {
-        "loss": mark_bad_batches(curves("train/loss", "nats per token", rows, colours, None), report["siblings"]),
-        "bpb": curves("val/bpb", "bits per byte", rows, colours, report["baseline_bpb"]),
-        "event": event(rows),
-        "strip": strip(report),
-        "best_of": best_of(report["recipes"][0]),
+        "loss": loss and {**loss, "figure": mark_bad_batches(loss["figure"], report["siblings"])},
+        "value": curves(value["metric"], value["unit"] or value["metric"], rows, order, report["baseline_bpb"]),
+        "event": figure_of(event(rows)),
+        **{name: figure_of(figure) for name, figure in luck_figures.build(report).items()},
     }
-    return {name: json.loads(figure.to_json()) for name, figure in drawn.items() if figure is not None}
+    return {
+        name: json.loads(one["figure"].to_json()) | ({"more": one["more"]} if one["more"] else {})
+        for name, one in drawn.items()
+        if one is not None
+    }
+
+
+def figure_of(figure: Any) -> dict[str, Any] | None:
+    """A figure that shows all it has."""
+    return None if figure is None else {"figure": figure, "more": []}
 
 
 def seed_name(row: dict[str, Any]) -> str:
@@ -58,8 +82,10 @@ def thinned(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.n
     x, y = x[keep], y[keep]
     if len(x) <= points:
         return x, y
-    edges = np.linspace(0, len(x), points // 2 + 1).astype(int)
-    chosen = {int(a + pick(y[a:b])) for a, b in itertools.pairwise(edges) for pick in (np.argmin, np.argmax)}
+    share = np.linspace(0, 1, points // 2 + 1)
+    # Few buckets would cut the corner of the steep beginning: there they are narrower.
+    edges = (len(x) * (share if points >= 100 else share**1.7)).astype(int)
+    chosen = {int(a + pick(y[a:b])) for a, b in itertools.pairwise(edges) for pick in (np.argmin, np.argmax) if b > a}
     at = np.array(sorted(chosen | {0, len(x) - 1}))
     return x[at], y[at]
 
@@ -93,18 +119,26 @@ def healthy_range(lines: list[Series], extra: float | None, whole: bool) -> tupl
     return low - pad, high + pad
 
 
-def curves(metric: str, y_title: str, rows: list[Any], colours: dict[str, int], baseline: float | None) -> Any:
-    """One line per pull over tokens, and per recipe the band (min to max) and mean of its finished seeds."""
-    import plotly.graph_objects as go
+def curves(metric: str, y_title: str, rows: list[Any], order: dict[str, int], baseline: float | None) -> Any:
+    """Curves over tokens: a line per pull while they are few, and per recipe the band and mean of its finished seeds.
 
+    Of many pulls only each banded recipe's best, median and worst and the first diverged ones have lines; the others
+    wait in `more`.
+    """
     found = [(row, curve) for row, run in rows if (curve := curve_of(run, metric)) is not None]
-    if not found:
+    if not any(len(curve.step) > 1 for _, curve in found):
         return None
-    figure = blank(350, "tokens", y_title)
+    axis = (
+        "tokens"
+        if any(np.isfinite(run.history[metric].tokens).any() for _, run in rows if metric in run.history)
+        else "step"
+    )
+    figure = blank(350, axis, literal(y_title, 40))
     figure.update_xaxes(tickformat="~s", fixedrange=False)
-    figure.update_yaxes(fixedrange=False)
+    # A label at the top edge would move the edge, and that the labels, without end.
+    figure.update_yaxes(fixedrange=False, automargin="width")
     figure.update_layout(hovermode="closest", dragmode="zoom")
-    healthy = [(row, curve) for row, curve in found if row["status"] in ("ok", "spiked")] or [
+    healthy = [(row, curve) for row, curve in found if row["status"] in FINISHED] or [
         (row, curve) for row, curve in found if row["status"] != "diverged"
     ]
     limits = healthy_range([curve for _, curve in healthy or found], baseline, whole=metric == "train/loss")
@@ -116,51 +150,134 @@ def curves(metric: str, y_title: str, rows: list[Any], colours: dict[str, int], 
         )
     else:
         figure.update_yaxes(range=limits)
-    ends, diverged = {}, sum(row["status"] == "diverged" for row, _ in found)
-    for recipe, which in reversed(colours.items()):
-        members = [curve for row, curve in healthy if row["recipe"] == recipe and row["status"] in ("ok", "spiked")]
-        if len(members) > 1:
-            stop = min(curve.tokens[-1] for curve in members)
-            grid = np.linspace(max(curve.tokens[0] for curve in members), stop, GRID)
-            values = np.array([on_grid(curve, grid) for curve in members])
-            ok = np.isfinite(values).all(axis=0)
-            x, values = grid[ok], values[:, ok]
-            band = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-            figure.add_trace(go.Scatter(x=x, y=values.max(axis=0), **band))
-            figure.add_trace(go.Scatter(x=x, y=values.min(axis=0), fill="tonexty", fillcolor=BANDS[which], **band))
-            ends[recipe] = (x, values.mean(axis=0))
+    groups = banded(found, order, everyone=len(found) <= ALL)
+    means = {name: add_band(figure, members, order.get(name, 0), name in order) for name, members in groups.items()}
+    special = {row["run_id"]: "" for row, _ in found} if len(found) <= ALL else picked(groups, found)
+    points = max(32, min(POINTS, POINTS_IN_ALL // len(found)))
+    more, diverged = [], sum(row["status"] == "diverged" and row["run_id"] in special for row, _ in found)
     for row, curve in sorted(found, key=lambda pair: pair[0]["status"] == "diverged"):
-        finished, bad = row["status"] in ("ok", "spiked"), row["status"] == "diverged"
-        colour = C["diverged"] if bad else RECIPES[colours[row["recipe"]]] if finished else C["crashed"]
-        x, y = thinned(curve.tokens, curve.value, max(100, min(POINTS, POINTS_IN_ALL // len(found))))
+        if row["run_id"] not in special:
+            more.append(waiting(row, curve, order, points, limits))
+            continue
+        x, y = thinned(curve.tokens, curve.value, POINTS if len(found) > ALL else max(points, 100))
+        bad = row["status"] == "diverged"
         if limits and bad:
             y = np.minimum(y, limits[1] + 10 * (limits[1] - limits[0]))  # drawn off the top, but not to 1e30
-        line = {"color": colour, "width": 1.8 if bad else 1.1, "dash": "solid" if finished or bad else "dot"}
-        told = f"<b>{seed_name(row)}</b> {row['status']}<br>%{{x:.3s}} tokens<br>{metric} %{{y:.4f}}<extra></extra>"
-        alpha = 1 if bad else 0.8 if not finished else 0.6 if len(found) < 25 else 0.25
-        figure.add_trace(
-            go.Scatter(
-                x=x.astype(np.float32), y=y.astype(np.float32), mode="lines", line=line, opacity=alpha,
-                meta=row["run_id"], hovertemplate=told,
-            )
-        )  # fmt: skip
+        add_line(figure, row, x, y, order, metric, special[row["run_id"]])
         if bad and len(x):
             mark_divergence(figure, row, x, y, limits, labelled=diverged < 3)
-    for recipe, (x, y) in ends.items():
-        which = colours[recipe]
-        told = f"<b>mean of the seeds</b><br>%{{x:.3s}} tokens<br>{metric} %{{y:.4f}}<extra></extra>"
-        line = {"color": RECIPES[which], "width": 2.2}
-        figure.add_trace(go.Scatter(x=x, y=y, mode="lines", line=line, hovertemplate=told))
+    for name, mean in means.items():
+        if mean:
+            told = f"<b>{'median' if mean[2] else 'mean'} of the seeds</b><br>%{{x:.3s}} tokens<br>{metric} %{{y:.4f}}"
+            add_mean(figure, mean, order.get(name, 0), name in order, told + "<extra></extra>")
     if baseline:
         figure.add_hline(y=baseline, line={"color": C["muted"], "width": 1, "dash": "dash"})
         text = f"Kneser–Ney 5-gram {baseline:.3f}"
         figure.add_annotation(x=0, xref="paper", y=baseline, text=text, showarrow=False, xanchor="left", yanchor="top")
-    return figure
+    return {"figure": figure, "more": more}
+
+
+def banded(found: Found, order: dict[str, int], everyone: bool) -> dict[str, Found]:
+    """Recipe to its finished pulls, worst recipe first, where there are two or more: all of them, or the BANDED best.
+
+    Where no recipe has two, all finished pulls are one group under "".
+    """
+    groups: dict[str, Found] = defaultdict(list)
+    for row, curve in found:
+        if row["status"] in FINISHED:
+            groups[row["recipe"]].append((row, curve))
+    names = [name for name in order if len(groups.get(name, ())) > 1]
+    finished = [pair for pair in found if pair[0]["status"] in FINISHED]
+    if not names and not everyone and len(finished) > 1:
+        return {"": finished}
+    return {name: groups[name] for name in reversed(names if everyone else names[:BANDED])}
+
+
+def picked(groups: dict[str, Found], found: Found) -> dict[str, str]:
+    """Ids of the pulls that are drawn of many, and what each is: its group's best, median or worst, or diverged."""
+    ids = {row["run_id"]: "" for row in [row for row, _ in found if row["status"] == "diverged"][:LOST]}
+    for members in groups.values():
+        ranked = [row["run_id"] for row, _ in members if math.isfinite(row["value"])]  # rows come best first
+        for what, at in (("median", len(ranked) // 2), ("worst", -1), ("best", 0)):
+            if ranked:
+                ids[ranked[at]] = what
+    return ids
+
+
+def add_band(figure: Any, members: Found, which: int, grouped: bool) -> tuple[np.ndarray, np.ndarray, bool] | None:
+    """Shade where a recipe's seeds lie; returns their mean line (x, y), of FEW or more the median, and which it is."""
+    import plotly.graph_objects as go
+
+    if len(members) < 2:
+        return None
+    curves = [curve for _, curve in members]
+    grid = np.linspace(max(c.tokens[0] for c in curves), min(c.tokens[-1] for c in curves), GRID)
+    values = np.array([on_grid(curve, grid) for curve in curves])
+    ok = np.isfinite(values).all(axis=0)
+    x, values = grid[ok], values[:, ok]
+    many = len(members) >= FEW
+    low, high = np.quantile(values, (0.1, 0.9) if many else (0.0, 1.0), axis=0)
+    group = f"r{which}" if grouped else None
+    band = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "legendgroup": group}
+    figure.add_trace(go.Scatter(x=x, y=high, **band))
+    figure.add_trace(go.Scatter(x=x, y=low, fill="tonexty", fillcolor=BANDS[which % len(BANDS)], **band))
+    return x, np.median(values, axis=0) if many else values.mean(axis=0), many
+
+
+def add_mean(figure: Any, mean: tuple[np.ndarray, np.ndarray, bool], which: int, grouped: bool, told: str) -> None:
+    """The thick line through a band."""
+    import plotly.graph_objects as go
+
+    line = {"color": colour_of(which), "width": 2.2}
+    group = f"r{which}" if grouped else None
+    figure.add_trace(go.Scatter(x=mean[0], y=mean[1], mode="lines", line=line, hovertemplate=told, legendgroup=group))
+
+
+def add_line(
+    figure: Any, row: dict[str, Any], x: np.ndarray, y: np.ndarray, order: dict[str, int], metric: str, what: str
+) -> None:
+    """One pull; `what` it is of its recipe: best, median or worst, "" where each pull has its line."""
+    import plotly.graph_objects as go
+
+    finished, bad = row["status"] in FINISHED, row["status"] == "diverged"
+    colour = C["diverged"] if bad else colour_of(order[row["recipe"]]) if finished else C["crashed"]
+    dash = {"worst": "dash", "median": "dashdot"}.get(what, "solid" if finished or bad else "dot")
+    line = {"color": colour, "width": 1.8 if bad or what == "best" else 1.1, "dash": dash}
+    said = f", {what} of its recipe" if what else ""
+    told = f"<b>{seed_name(row)}</b> {row['status']}{said}<br>%{{x:.3s}} tokens<br>{literal(metric)} %{{y:.4f}}"
+    figure.add_trace(
+        go.Scatter(
+            x=x.astype(np.float32), y=y.astype(np.float32), mode="lines", line=line, meta=row["run_id"],
+            opacity=1 if bad or what else 0.6 if finished else 0.8, hovertemplate=told + "<extra></extra>",
+            legendgroup=f"r{order[row['recipe']]}",
+        )
+    )  # fmt: skip
+
+
+def waiting(
+    row: dict[str, Any], curve: Series, order: dict[str, int], points: int, limits: tuple[float, float] | None
+) -> dict[str, Any]:
+    """A pull that is not drawn at first, small: what report.js makes a line of."""
+    x, y = thinned(curve.tokens, curve.value, points)
+    if limits:
+        y = np.minimum(y, limits[1] + 10 * (limits[1] - limits[0]))
+    finished, bad = row["status"] in FINISHED, row["status"] == "diverged"
+    colour = C["diverged"] if bad else colour_of(order[row["recipe"]]) if finished else C["crashed"]
+    told = {"run": row["run_id"], "name": seed_name(row), "status": row["status"], "recipe": f"r{order[row['recipe']]}"}
+    return told | {"color": colour, "dash": "solid" if finished or bad else "dot"} | packed(x, y)
+
+
+def packed(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """x and y as plotly's typed arrays, single precision: half the size of digits."""
+    return {
+        name: {"dtype": "f4", "bdata": base64.b64encode(values.astype("<f4").tobytes()).decode()}
+        for name, values in (("x", x), ("y", y))
+    }
 
 
 def mark_bad_batches(figure: Any, relations: dict[str, Any]) -> Any:
     """A dotted line at each batch of data that raised the loss of several pulls."""
-    for batch in relations["bad_batches"][:BATCHES] if figure is not None else ():
+    for batch in relations["bad_batches"][:BATCHES]:
         line = {"color": C["spiked"], "width": 1, "dash": "dot"}
         figure.add_vline(x=batch["tokens"], line=line, layer="below")
     return figure
@@ -169,7 +286,7 @@ def mark_bad_batches(figure: Any, relations: dict[str, Any]) -> Any:
 def mark_divergence(
     figure: Any, row: dict[str, Any], x: np.ndarray, y: np.ndarray, limits: tuple[float, float] | None, labelled: bool
 ) -> None:
-    """A cross where the pull was stopped, at the top edge when its line has left the picture."""
+    """A cross where the pull whose line was just drawn was stopped, at the top edge when that left the picture."""
     import plotly.graph_objects as go
 
     at = row["diverged_at_tokens"] if math.isfinite(row["diverged_at_tokens"]) else float(x[-1])
@@ -180,8 +297,11 @@ def mark_divergence(
     marker = {"symbol": "x", "size": 10, "color": C["diverged"], "line": {"width": 1.5, "color": C["card"]}}
     told = f"<b>{seed_name(row)}</b> diverged{share}<extra></extra>"
     figure.add_trace(
-        go.Scatter(x=[at], y=[height], mode="markers", marker=marker, meta=row["run_id"], hovertemplate=told)
-    )
+        go.Scatter(
+            x=[at], y=[height], mode="markers", marker=marker, meta=row["run_id"], hovertemplate=told,
+            legendgroup=figure.data[-1].legendgroup,
+        )
+    )  # fmt: skip
     if not labelled:
         return
     figure.add_annotation(
@@ -208,12 +328,14 @@ def event(rows: list[Any]) -> Any:
     figure = blank(250, "tokens", "")
     for i, (metric, title) in enumerate(shown, start=1):
         suffix = "" if i == 1 else str(i)
-        siblings = [healthy for other, healthy in rows if other["status"] in ("ok", "spiked")][:SIBLINGS]
+        inside = []
+        siblings = [healthy for other, healthy in rows if other["status"] in FINISHED][:SIBLINGS]
         for sibling in siblings:
             curve = curve_of(sibling, metric)
             if curve is None:
                 continue
             keep = (curve.tokens >= left) & (curve.tokens <= right) & np.isfinite(curve.value)
+            inside.append(curve.value[keep])
             figure.add_trace(
                 go.Scatter(
                     x=curve.tokens[keep], y=curve.value[keep], mode="lines", line={"color": C["ok"], "width": 1},
@@ -231,7 +353,8 @@ def event(rows: list[Any]) -> Any:
             )
         )  # fmt: skip
         where = [0.0, 1.0] if len(shown) == 1 else [0.0, 0.45] if i == 1 else [0.55, 1.0]
-        positive = bool((curve.value[keep] > 0).all()) and bool(keep.any())
+        values = np.concatenate([*inside, curve.value[keep]])
+        positive = bool((values > 0).all()) and bool(keep.any()) and float(values.max()) > 8 * float(values.min())
         axes: dict[str, dict[str, Any]] = {
             f"xaxis{suffix}": {"domain": where, "range": [left, right], "tickformat": "~s", "title": "tokens"},
             f"yaxis{suffix}": {"anchor": "x" + suffix, "type": "log" if positive else "linear", "title": title},
@@ -247,88 +370,4 @@ def event(rows: list[Any]) -> Any:
          "line": {"color": C["diverged"], "width": 1, "dash": "dot"}}
         for s in ["", "2"][: len(shown)]
     ]  # fmt: skip
-    return figure
-
-
-def strip(report: dict[str, Any]) -> Any:
-    """Finished pulls' val/bpb, one row of dots per recipe, mean and sd below each."""
-    import plotly.graph_objects as go
-
-    recipes = [recipe for recipe in report["recipes"] if recipe["n_finals"]]
-    if not recipes:
-        return None
-    figure = blank(150 + 110 * len(recipes), "val/bpb, bits per byte", "")
-    ticks = []
-    for i, recipe in enumerate(recipes):
-        colour = RECIPES[report["recipes"].index(recipe) % len(RECIPES)]
-        rows = [
-            row for row in report["pulls"]
-            if row["recipe"] == recipe["recipe"] and row["status"] in ("ok", "spiked") and math.isfinite(row["val_bpb"])
-        ]  # fmt: skip
-        few = len(rows) <= 12
-        # A fixed zigzag keeps neighbours apart; the height means nothing.
-        heights = [-i + (0.0, 0.13, -0.13)[j % 3] for j in range(len(rows))]
-        best = report["best"]["run_id"] if report["best"] else None
-        edge = [C["ink"] if row["run_id"] == best else C["card"] for row in rows]
-        figure.add_trace(
-            go.Scatter(
-                x=[row["val_bpb"] for row in rows], y=heights, mode="markers+text" if few else "markers",
-                text=[seed_name(row) for row in rows] if few else None,
-                textposition=[("bottom center", "top center")[j % 3 == 1] for j in range(len(rows))],
-                marker={"size": 14, "color": colour, "line": {"width": 2, "color": edge}},
-                hovertemplate="<b>%{customdata}</b> %{x:.4f}<extra></extra>", customdata=[seed_name(r) for r in rows],
-            )
-        )  # fmt: skip
-        if recipe["n_finals"] > 1:
-            figure.add_trace(
-                go.Scatter(
-                    x=[recipe["mean"]], y=[-i - 0.36], mode="markers",
-                    marker={"symbol": "line-ns", "size": 14, "line": {"width": 2.5, "color": C["ink"]}},
-                    error_x={"type": "constant", "value": recipe["sd"], "color": C["ink"], "thickness": 1.3},
-                    hovertemplate=f"mean {recipe['mean']:.4f}, sd {recipe['sd']:.4f}<extra></extra>",
-                )
-            )  # fmt: skip
-        ticks.append(literal(recipe["recipe"]))
-    figure.update_yaxes(
-        tickvals=[-i for i in range(len(recipes))], ticktext=ticks, range=[-len(recipes) + 0.4, 0.45], showgrid=False
-    )
-    figure.update_xaxes(showgrid=True, gridcolor=C["grid"], nticks=6)
-    figure.update_layout(hovermode="closest")
-    return figure
-
-
-def best_of(recipe: dict[str, Any]) -> Any:
-    """Expected best val/bpb of k pulls with its bootstrap interval; money under each k."""
-    import plotly.graph_objects as go
-
-    told = recipe["best_of"]
-    if len(told) < 2:
-        return None
-    ks = [int(k) for k in told]
-    u, lo, hi = (np.array([got[key] for got in told.values()]) for key in ("u", "lo", "hi"))
-    per = recipe["per_finished"]
-    paid = per["money"] if math.isfinite(per.get("money", math.nan)) else None
-    price = [
-        f"{k * paid:.3g} {literal(per['currency'])}" if paid is not None else f"{k * per['seconds']:,.0f} s" for k in ks
-    ]
-    figure = blank(300, "pulls, and what so many finished ones cost", "expected best val/bpb")
-    band = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-    figure.add_trace(go.Scatter(x=ks, y=hi, **band))
-    figure.add_trace(go.Scatter(x=ks, y=lo, fill="tonexty", fillcolor=C["band0"], **band))
-    extra = [[a, b, c, f"{k * per['seconds']:,.0f}"] for k, a, b, c in zip(ks, lo, hi, price, strict=True)]
-    hover = (
-        "<b>best of %{x}</b> %{y:.4f}<br>95% %{customdata[0]:.4f} to %{customdata[1]:.4f}<br>"
-        "%{customdata[2]} · %{customdata[3]} device s<extra></extra>"
-    )
-    figure.add_trace(
-        go.Scatter(
-            x=ks, y=u, mode="lines+markers" if len(ks) <= 30 else "lines", line={"color": C["ok"], "width": 2.4},
-            marker={"size": 8}, customdata=extra, hovertemplate=hover,
-        )
-    )  # fmt: skip
-    shown = [k for k in ks if len(ks) <= 8 or k in (1, len(ks)) or k % (len(ks) // 5) == 0]
-    figure.update_xaxes(
-        tickvals=shown, ticktext=[f"<b>{k}</b><br>{price[k - 1]}" for k in shown], range=[0.7, len(ks) + 0.3]
-    )
-    figure.update_layout(hovermode="closest")
     return figure

@@ -1,12 +1,18 @@
-"""The report as one HTML file (see webpage.py). Every string that a run supplied passes `escape`."""
+"""The report as one HTML file (see webpage.py). Every string that a run supplied passes `escape`.
+
+Here are the answer, the curves, siblings, cost and samples; pulls_page.py has the table, luck_page.py the odds.
+"""
 
 import math
+from collections import Counter
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import webpage
-from gacha import figures, runs
+from gacha import figures, luck_page, pulls_page, runs
+from gacha.pulls import brief
+from gacha.pulls_page import setting, settings_shown, shown
 from gacha.runs import Run
 from webpage import NONE, duration, figure, icon, si
 
@@ -15,40 +21,37 @@ LISTED = 12
 """Rows at most of a table of the siblings' section; report.json has all."""
 SAMPLES = 6
 """At most this many rows of the best pull's table of samples are shown."""
-MEANING = {
-    "ok": "finished, loss healthy to the end",
-    "spiked": "finished; the loss left its trend and came back",
-    "diverged": "stopped: the loss left its trend for good, or was not finite",
-    "stopped": "asked to stop before the end, everything saved",
-    "crashed": "killed or failed: no exit record",
-    "running": "still writing",
-}
+LABELLED, WALL = 14, 120
+"""Pulls up to which their capsules have labels, and capsules at most."""
 
 
 def build(report: dict[str, Any], pulls: list[Run]) -> str:
     """The page's HTML, given `report.summarise`'s numbers and the runs they came from."""
     drawn = figures.build(report, pulls)
-    body = "\n".join(
-        (
-            hero(report),
-            table(report),
-            curve_section(report, drawn),
-            sibling_section(report),
-            odds_section(report, drawn),
-            cost_section(report),
-            sample_section(report, pulls),
-            notes(report),
-        )
-    )
+    sections = [
+        ("s-pulls", "Pulls", pulls_page.table(report)),
+        ("s-curves", "Curves", curve_section(report, drawn)),
+        ("s-siblings", "Siblings", sibling_section(report)),
+        ("s-luck", "Luck", luck_page.odds_section(report, drawn)),
+        ("s-duel", "Duel", luck_page.duel_section(report)),
+        ("s-stopping", "Early stopping", luck_page.stopping_section(report, drawn)),
+        ("s-rates", "Learning rate", luck_page.rate_section(report, drawn)),
+        ("s-cost", "Cost", cost_section(report)),
+        ("s-samples", "What it writes", sample_section(report, pulls)),
+    ]
+    links = [(place, title) for place, title, said in sections if said]
+    waiting = any("more" in one for one in drawn.values())
+    body = [hero(report), pulls_page.bar(links, report, waiting), *(said for *_, said in sections), notes(report)]
     title = ", ".join(report["projects"]) or report["source"]
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    return webpage.build(f"{title} · llm-gacha report", body, drawn, style, script)
+    return webpage.build(f"{title} · llm-gacha report", "\n".join(body), drawn, style, script)
 
 
 def hero(report: dict[str, Any]) -> str:
     """The answer first: which pull to keep, how sure, and the tray of capsules."""
     best, rows = report["best"], report["pulls"]
     recipes = len(report["recipes"])
+    told_apart = Counter((str(row["seed"]), row["recipe"]) for row in rows)
     where = " · ".join(escape(name) for name in report["projects"]) or escape(report["source"])
     if report["sweeps"]:
         where += " · sweep " + ", ".join(f"<code>{escape(sweep)}</code>" for sweep in report["sweeps"])
@@ -56,17 +59,22 @@ def hero(report: dict[str, Any]) -> str:
     if best is None:
         going = report["status"].get("running", 0)
         verdict = "Nothing to keep yet" if going else "No pull to keep"
-        lead = "No pull has finished with a validation score" + (f"; {going} still running." if going else ".")
+        lead = f"No pull has finished with a {escape(report['value']['metric'])}" + (
+            f"; {going} still running." if going else "."
+        )
     else:
-        verdict = f"Keep <em>{escape(short(best, rows))}</em>"
+        verdict = f"Keep <em>{escape(short(best, told_apart))}</em>"
         lead = sureness(report)
-    wall = len(rows) > 14  # too many for labels: small capsules, their names on hover and in the table
+    wall = len(rows) > LABELLED  # too many for labels: small capsules, their names on hover and in the table
     tray = "".join(
         f'<li class="{row["status"]}{" kept" if best and row["run_id"] == best["run_id"] else ""}" '
         f'title="{escape(str(row["name"]))}: {row["status"]}">{icon(row["status"])}'
-        f"<b>{escape(short(row, rows))}</b><span>{row['status']}</span></li>"
-        for row in rows[:500]
+        f"<b>{escape(short(row, told_apart))}</b><span>{row['status']}</span></li>"
+        for row in rows[:WALL]
     )
+    if len(rows) > WALL:
+        rest = Counter(row["status"] for row in rows[WALL:])
+        tray += f'<li class="rest">and {", ".join(f"{n:,} {status}" for status, n in rest.items())}</li>'
     return f"""<section class="hero">
 <p class="kicker">{where} — {counted}</p>
 <h1>{verdict}</h1>
@@ -76,20 +84,26 @@ def hero(report: dict[str, Any]) -> str:
 </section>"""
 
 
-def short(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def short(row: dict[str, Any], told_apart: Counter[tuple[str, str]]) -> str:
     """`s3` where seeds tell the pulls apart in what is shown, else the pull's full name."""
-    same = [other for other in rows if other["seed"] == row["seed"] and other["recipe"] == row["recipe"]]
-    return f"s{row['seed']}" if row["seed"] is not None and len(same) == 1 else str(row["name"])
+    alone = row["seed"] is not None and told_apart[str(row["seed"]), row["recipe"]] == 1
+    return f"s{row['seed']}" if alone else str(row["name"])
 
 
 def sureness(report: dict[str, Any]) -> str:
     """The lead over the second best in seed sd, and whether so much of a lead is anything special."""
     best = report["best"]
     recipe = next(r for r in report["recipes"] if r["recipe"] == best["recipe"])
-    text = f"<strong>{escape(str(best['name']))}</strong> reaches {best['val_bpb']:.4f} bits per byte"
+    value = report["value"]
+    reached = (
+        f"{shown(best['value'])} {value['unit']}" if value["unit"] else f"{value['metric']} {shown(best['value'])}"
+    )
+    text = f"<strong>{escape(str(best['name']))}</strong> reaches {escape(reached)}"
     if best["runner_up"] is None:
         return text + "; it is its recipe's only finished pull, so nothing says how lucky it was."
-    text += f", {best['lead']:.4f} below {escape(str(best['runner_up']))}."
+    side = "below" if value["lower_is_better"] else "above"
+    lead = best["lead"]
+    text += f", {f'{lead:.4f}' if lead >= 5e-4 else f'{lead:.1g}'} {side} {escape(str(best['runner_up']))}."
     if math.isnan(best["lead_sd"]):
         return text + " Two finished pulls are too few to say whether that is much."
     n = recipe["n_finals"]
@@ -101,6 +115,11 @@ def sureness(report: dict[str, Any]) -> str:
     return text + f"only {said}, so it stands out from its siblings."
 
 
+def better(value: dict[str, Any]) -> str:
+    """Which values are the better ones."""
+    return "lower" if value["lower_is_better"] else "higher"
+
+
 def key_numbers(report: dict[str, Any]) -> list[str]:
     """The row of large numbers: best, spread, divergence, cost."""
     best, main, total = report["best"], report["recipes"][0], report["cost"]["total"]
@@ -108,119 +127,59 @@ def key_numbers(report: dict[str, Any]) -> list[str]:
     def key(name: str, value: str, note: str) -> str:
         return f"<div><dt>{name}</dt><dd>{value}</dd><dd class='note'>{note}</dd></div>"
 
-    base = report["baseline_bpb"]
+    base, value = report["baseline_bpb"], report["value"]
     told = []
     if best:
         if base:
-            side = "below" if best["val_bpb"] < base else "above"
-            note = f"{abs(1 - best['val_bpb'] / base):.1%} {side} a Kneser–Ney 5-gram ({base:.4f})"
-        else:
+            side = "below" if best["value"] < base else "above"
+            note = f"{abs(1 - best['value'] / base):.1%} {side} a Kneser–Ney 5-gram ({base:.4f})"
+        elif value["unit"] == "bits per byte":
             note = "bits per UTF-8 byte, lower is better"
-        told.append(key("Best val/bpb", f"{best['val_bpb']:.4f}", note))
+        else:
+            note = f"{value['unit'] or 'of all finished pulls'}, {better(value)} is better"
+        told.append(key(f"Best {escape(value['metric'])}", shown(best["value"]), note))
     n = main["n_finals"]
     if n > 1:
-        note = f"sd of val/bpb over {n} seeds, mean {main['mean']:.4f}; 95% {main['sd_lo']:.4f} to {main['sd_hi']:.4f}"
-        told.append(key("Spread over seeds", f"{main['sd']:.4f}", note))
+        note = f"sd of {escape(value['metric'])} over {n} seeds, mean {shown(main['mean'])}; "
+        note += f"95% {shown(main['sd_lo'])} to {shown(main['sd_hi'])}"
+        told.append(key("Spread over seeds", shown(main["sd"]), note))
     rates = [r["p_diverge"] for r in report["recipes"] if r["p_diverge"]]
     if p := main["p_diverge"]:
-        note = f"of recipe {escape(main['recipe'])}; 95% {p['lo']:.0%} to {p['hi']:.0%}"
+        note = f"of recipe {escape(brief(main['recipe'], 40))}; 95% {p['lo']:.0%} to {p['hi']:.0%}"
         if len(rates) > 1:
             note += f" · all recipes: {sum(r['k'] for r in rates)} of {sum(r['n'] for r in rates)}"
         told.append(key("Diverged", f"{p['k']} of {p['n']}", note))
-    note = f"{duration(total['seconds'])} of device time, {si(total['flops'])}FLOPs"
-    told.append(key("Cost", money(total["money"]) if total["money"] else duration(total["seconds"]), note))
+    if any(total["money"].values()) or total["seconds"] or total["flops"]:
+        parts = [f"{duration(total['seconds'])} of device time"] if total["seconds"] else []
+        note = ", ".join(parts + ([f"{si(total['flops'])}FLOPs"] if total["flops"] else []))
+        told.append(
+            key("Cost", money(total["money"]) if any(total["money"].values()) else duration(total["seconds"]), note)
+        )
     return told
-
-
-def table(report: dict[str, Any]) -> str:
-    """The pulls, one per row; report.js makes the headings sort."""
-    rows, varied = report["pulls"], report["varied"]
-    currencies = {row["currency"] for row in rows if row["currency"]}
-    unit = f" ({escape(next(iter(currencies)))})" if len(currencies) == 1 else ""
-    heads = [
-        "Pull",
-        "Recipe",
-        "Seed",
-        *map(escape, varied),
-        "Status",
-        "val/bpb",
-        "val/loss min",
-        "Tokens",
-        "Budget used",
-    ]
-    heads += ["Diverged at", "Time", "FLOPs", f"Money{unit}"]
-    text = {"Pull", "Recipe", "Status"}
-    head = "".join(
-        f'<th scope="col" aria-sort="{"ascending" if name == "val/bpb" else "none"}"'
-        f'{"" if name in text else " class=number"}><button type="button">{name}</button></th>'
-        for name in heads
-    )
-    body = "".join(table_row(row, varied, report["best"], len(currencies) > 1) for row in rows)
-    rough = any(row["estimated"] for row in rows)
-    caption = "val/bpb of a pull that did not finish is its last one measured, and counts in no statistic. "
-    caption += "≈ is estimated at its siblings' rate: a killed pull leaves no bill." if rough else ""
-    tall = " tall" if len(rows) > 16 else ""
-    return f"""<section><h2>The pulls</h2>
-<div class="scroll{tall}" role="region" aria-label="Table of pulls" tabindex="0"><table id="pulls">
-<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-<p class="caption">{caption}</p></section>"""
-
-
-def table_row(row: dict[str, Any], varied: list[str], best: dict[str, Any] | None, mixed: bool) -> str:
-    """One pull's row; `data-v` carries what a column sorts by."""
-    kept = best is not None and row["run_id"] == best["run_id"]
-    finished = row["status"] in ("ok", "spiked")
-
-    def cell(value: Any, shown: str, kind: str = "number") -> str:
-        raw = "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
-        return f'<td class="{kind}" data-v="{escape(str(raw))}">{NONE if raw == "" else shown}</td>'
-
-    def rough(field: str, shown: str) -> str:
-        return ("≈ " if field in row["estimated"] else "") + shown
-
-    used = row["tokens"] / row["tokens_budget"] if row["tokens_budget"] > 0 else math.nan
-    bar = f'<span class="bar" aria-hidden="true"><i style="width:{min(used, 1) * 100:.1f}%"></i></span>{used:.0%}'
-    status = row["status"]
-    badge = f'<span class="badge {status}" title="{MEANING[status]}">{icon(status)}{status}</span>'
-    name = escape(str(row["name"])) + (' <span class="keep">keep</span>' if kept else "")
-    bpb = f"{row['val_bpb']:.4f}"
-    paid = rough("money", f"{row['money']:.3g}" + (f" {escape(row['currency'])}" if mixed else ""))
-    cells = [
-        f'<th scope="row" data-v="{escape(str(row["name"]))}" title="run {escape(row["run_id"])}">{name}</th>',
-        cell(row["recipe"], f"<code>{escape(row['recipe'][:16])}</code>", "text"),
-        cell(row["seed"], escape(str(row["seed"]))),
-        *(cell(row[key], escape(setting(row[key]))) for key in varied),
-        cell(list(MEANING).index(row["status"]), badge, "text"),
-        cell(row["val_bpb"] if finished else math.nan, bpb)
-        if finished or math.isnan(row["val_bpb"])
-        else f'<td class="number partial" data-v="" title="last measured, not a final">{bpb}</td>',
-        cell(row["val_loss_min"], f"{row['val_loss_min']:.4f}"),
-        cell(row["tokens"], si(row["tokens"])),
-        cell(used, bar if math.isfinite(used) else "", "number used"),
-        cell(row["diverged_at"], "" if math.isnan(row["diverged_at"]) else f"{row['diverged_at']:.1%}"),
-        cell(row["seconds"], rough("seconds", duration(row["seconds"]))),
-        cell(row["flops"], rough("flops", si(row["flops"]))),
-        cell(row["money"], paid),
-    ]
-    classes = f"{row['status']}{' kept' if kept else ''}"
-    return f'<tr class="{classes}" data-run="{escape(row["run_id"])}">{"".join(cells)}</tr>'
 
 
 def curve_section(report: dict[str, Any], drawn: dict[str, Any]) -> str:
     """Curves over tokens and the diverged pull's last moments."""
-    if not drawn.keys() & {"loss", "bpb", "event"}:
+    if not drawn.keys() & {"loss", "value", "event"}:
         return ""
     first = next((row for row in report["pulls"] if row["status"] == "diverged"), None)
-    band = "Thin: one pull. Thick: mean of a recipe's finished seeds; shade: their lowest to highest."
+    many = "more" in drawn.get("loss", {}) or "more" in drawn.get("value", {})
+    if many:
+        band = f"Thick: median of a recipe's finished seeds; shade: the middle 80% (under {figures.FEW}: all) of them. "
+        band += "Lines: its best (solid), median (dash-dotted) and worst pull (dashed). "
+        band += "The others come with their recipe, or all by the box above."
+    else:
+        band = "Thin: one pull. Thick: mean of a recipe's finished seeds; shade: their lowest to highest."
     off = " The vertical range is the healthy pulls'; a diverged pull leaves it at the top." if first else ""
     off += " Drag to zoom, double-click to come back."
     name = escape(str(first["name"])) if first else ""
+    keys = settings_shown(report)
     legend = "".join(
         f'<li><i style="background:var(--{"ok" if i == 0 else f"recipe{i}"})"></i>'
-        f"<code>{escape(r['recipe'][:16])}</code> "
-        + ", ".join(f"{escape(key)} {escape(setting(r[key]))}" for key in report["varied"])
+        f"<code>{escape(brief(r['recipe']))}</code> "
+        + ", ".join(f"{escape(key)} {escape(setting(r[key]))}" for key in keys)
         + "</li>"
-        for i, r in enumerate(report["recipes"][:5])
+        for i, r in enumerate(report["recipes"][: figures.BANDED])
         if r["n_finished"]
     )
     if first:
@@ -229,9 +188,15 @@ def curve_section(report: dict[str, Any], drawn: dict[str, Any]) -> str:
         legend += '<li><i class="batch"></i>bad batch</li>'
     if {"crashed", "stopped", "running"} & report["status"].keys():
         legend += '<li><i class="dotted"></i>did not finish</li>'
-    return f"""<section><h2>Curves</h2><ul class="legend">{legend}</ul>
+    value = report["value"]
+    if value["unit"] == "bits per byte":
+        title, told = "Validation, bits per byte", "Comparable across tokenizers; lower is better."
+    else:
+        title = escape(value["metric"])
+        told = f"What the pulls are judged by; {better(value)} is better."
+    return f"""<section id="s-curves"><h2>Curves</h2><ul class="legend">{legend}</ul>
 <div class="pair">{figure("loss", drawn, "Training loss", band + off)}
-{figure("bpb", drawn, "Validation, bits per byte", "Comparable across tokenizers; lower is better.")}</div>
+{figure("value", drawn, title, told + ("" if "loss" in drawn else " " + band + off))}</div>
 {figure("event", drawn, "The moment it diverged", f"{name} before it was stopped; its finished siblings in blue.")}
 </section>"""
 
@@ -299,7 +264,7 @@ def sibling_section(report: dict[str, Any]) -> str:
         parts.append(related("Spikes of one pull alone", heads, rows, len(found), note))
     if not parts:
         return ""
-    return f"<section><h2>Siblings</h2>{''.join(parts)}</section>"
+    return f'<section id="s-siblings"><h2>Siblings</h2>{"".join(parts)}</section>'
 
 
 def which(names: list[str], of: int) -> str:
@@ -314,27 +279,6 @@ def related(title: str, heads: list[str], rows: list[list[str]], found: int, not
 <p class="caption">{note}{more}</p></div>"""
 
 
-def odds_section(report: dict[str, Any], drawn: dict[str, Any]) -> str:
-    """Spread over seeds and what another pull is worth."""
-    if "strip" not in drawn:
-        return ""
-    recipe = report["recipes"][0]
-    n = recipe["n_finals"]
-    dots = "One dot per finished pull, the best one ringed; below them mean ± sd."
-    if recipe["outliers"]:
-        dots += f" Far from the others (robust z above 3.5): {', '.join(map(escape, recipe['outliers']))}."
-    worth = (
-        f"Mean best of all subsets of the {n} finished pulls of <code>{escape(recipe['recipe'][:16])}</code> "
-        "(unbiased). Shade: 95% percentile interval of a bootstrap over runs"
-    )
-    worth += "; with so few pulls it is crude, and never reaches below the best one seen." if n < 10 else "."
-    if recipe["n_diverged"]:
-        worth += " The cost includes the diverged pulls met on the way."
-    return f"""<section><h2>Luck</h2><div class="pair">
-{figure("strip", drawn, "Spread over seeds", dots)}
-{figure("best_of", drawn, "Expected best of so many pulls", worth)}</div></section>"""
-
-
 def cost_section(report: dict[str, Any]) -> str:
     """Where the money went."""
     lines = [
@@ -343,18 +287,21 @@ def cost_section(report: dict[str, Any]) -> str:
         ("unfinished", "Spent on pulls that did not finish", "stopped or crashed; resumable from their checkpoint"),
         ("saved", "Saved by stopping diverged pulls", "the rest of their budget at their own rate"),
     ]
+    if not any(report["cost"]["total"][key] for key in ("tokens", "flops", "seconds", "money")):
+        return ""
     body = "".join(
         f'<tr class="{name}"><th scope="row">{label}<small>{note}</small></th><td class="number">{bill["pulls"]}</td>'
-        f'<td class="number">{si(bill["tokens"])}</td><td class="number">{si(bill["flops"])}</td>'
-        f'<td class="number">{duration(bill["seconds"])}</td>'
-        f'<td class="number">{money(bill["money"]) or NONE}</td></tr>'
+        f'<td class="number">{si(bill["tokens"]) if bill["tokens"] else NONE}</td>'
+        f'<td class="number">{si(bill["flops"]) if bill["flops"] else NONE}</td>'
+        f'<td class="number">{duration(bill["seconds"]) if bill["seconds"] else NONE}</td>'
+        f'<td class="number">{money(bill["money"]) if any(bill["money"].values()) else NONE}</td></tr>'
         for name, label, note in lines
         if (bill := report["cost"][name])["pulls"]
     )
     heads = "".join(
         f"<th scope=col class=number>{h}</th>" for h in ("Pulls", "Tokens", "FLOPs", "Device time", "Money")
     )
-    return f"""<section><h2>Cost</h2>
+    return f"""<section id="s-cost"><h2>Cost</h2>
 <div class="scroll" role="region" aria-label="Cost" tabindex="0"><table class="cost">
 <thead><tr><th scope="col"></th>{heads}</tr></thead><tbody>{body}</tbody></table></div></section>"""
 
@@ -372,7 +319,7 @@ def sample_section(report: dict[str, Any], pulls: list[Run]) -> str:
         prompt, text = (str(row.get(key) or "") for key in ("prompt", "text"))
         text = text.removeprefix(prompt)
         said.append(f'<blockquote lang="ja"><p><mark>{escape(prompt)}</mark>{escape(text)}</p></blockquote>')
-    return f"""<section><h2>What it writes</h2>
+    return f"""<section id="s-samples"><h2>What it writes</h2>
 <p class="caption">{escape(str(best["name"]))}, prompts marked; sampled at the end of the pull, not selected.</p>
 <div class="samples">{"".join(said)}</div></section>"""
 
@@ -384,19 +331,15 @@ def notes(report: dict[str, Any]) -> str:
         "diverged pulls, with the exact (Clopper–Pearson) 95% interval.",
         "Ranking is exact on this validation set. How far it carries to other text is not measured here.",
         "The sd's interval is the chi-square one, right if finals scatter normally.",
-        "bpb: bits per UTF-8 byte of the validation text, all pieces and document ends scored.",
     ]
+    if report["value"]["unit"] == "bits per byte":
+        items.append("bpb: bits per UTF-8 byte of the validation text, all pieces and document ends scored.")
     if report["damaged"]:
         items.append(f"{report['damaged']} damaged stretches of the run files were skipped; what they held is missing.")
     listed = "".join(f"<li>{item}</li>" for item in items)
     return f"""<footer><h2>How to read this</h2><ul>{listed}</ul>
 <p>Read from <code>{escape(report["source"])}</code>, {escape(report["generated"])}. The same numbers are in report.json
 beside this page.</p></footer>"""
-
-
-def setting(value: Any) -> str:
-    """A configuration value, short."""
-    return f"{value:g}" if isinstance(value, float) else str(value)[:40]
 
 
 def money(amounts: dict[str, float]) -> str:

@@ -27,6 +27,10 @@ MATTERS = 0.02
 """Share of the loss by which a pull must be above another recipe's to be told: recipes may differ, and are meant to."""
 TAIL = 0.1
 """Last share of a curve whose median says which recipe is best."""
+LOOKED_AT = 128
+"""Pulls examined at most for being above their siblings: those whose loss lies highest above theirs."""
+BLOCKS = 24
+"""Blocks of a group's steps over which that is asked."""
 
 
 def compare(pulls: list[Run], recipes: dict[str, list[Run]], varied: list[str]) -> dict[str, Any]:
@@ -116,10 +120,14 @@ def above(
     """
     healthy = {run.id for run in pulls if run.status != "diverged"}
     groups = {name: [run for run in members if run.id in healthy] for name, members in recipes.items()}
+    rules = agreed(groups, curves, varied)
+    examined = highest(groups, curves, rules)
     told = []
     for name, members in groups.items():
-        rest = agreed(name, groups, curves, varied)
+        rest = rules.get(name)
         for run in members:
+            if run.id not in examined:
+                continue
             mates = [curves[other.id] for other in members if other is not run][:SIBLINGS]
             got = siblings.forecast(curves[run.id], mates)
             by, setting = [name], None
@@ -155,30 +163,72 @@ def above(
     return sorted(told, key=lambda row: -row["end_excess_nats"])
 
 
+def highest(
+    groups: dict[str, list[Run]], curves: dict[str, Curve], rules: dict[str, tuple[list[str], str]]
+) -> set[str]:
+    """Ids of the LOOKED_AT pulls furthest above the median of their recipe, or of the recipes that are its rule.
+
+    By the mean loss of blocks of steps: what is far above its siblings for good is so in two neighbouring blocks.
+    """
+    if sum(map(len, groups.values())) <= LOOKED_AT:
+        return {run.id for members in groups.values() for run in members}
+    last = max(float(curves[run.id].step[-1]) for members in groups.values() for run in members)
+    edges = np.linspace(0, last, BLOCKS + 1)
+    levels = {
+        name: np.array([block_means(curves[run.id], edges) for run in members]) for name, members in groups.items()
+    }
+    heights: dict[str, float] = {}
+    for name, members in groups.items():
+        for names in ([name] if len(members) > 1 else [], rules[name][0] if name in rules else []):
+            if not names or not members:
+                continue
+            together = np.concatenate([levels[other] for other in names if len(levels[other])])
+            known = np.isfinite(together).any(axis=0)
+            centre = np.full(BLOCKS, np.nan)
+            centre[known] = np.nanmedian(together[:, known], axis=0)
+            excess = np.nan_to_num(levels[name] / centre - 1, nan=-1.0)
+            for run, most in zip(members, np.minimum(excess[:, 1:], excess[:, :-1]).max(axis=1), strict=True):
+                heights[run.id] = max(heights.get(run.id, -1.0), float(most))
+    return set(sorted(heights, key=lambda one: -heights[one])[:LOOKED_AT])
+
+
+def block_means(curve: Curve, edges: np.ndarray) -> np.ndarray:
+    """Mean loss between neighbouring edges of steps, (edges - 1,); NaN where the curve has no row."""
+    keep = np.isfinite(curve.loss)
+    sums = np.concatenate([[0.0], np.cumsum(curve.loss[keep])])
+    at = np.searchsorted(curve.step[keep], edges, side="right")
+    counts = np.diff(at)
+    return np.divide(np.diff(sums[at]), counts, out=np.full(len(counts), np.nan), where=counts > 0)
+
+
 def agreed(
-    name: str, groups: dict[str, list[Run]], curves: dict[str, Curve], varied: list[str]
-) -> tuple[list[str], str] | None:
-    """The recipes, best first, that differ from `name` in one setting, end lower, and are the rule for it; which one.
+    groups: dict[str, list[Run]], curves: dict[str, Curve], varied: list[str]
+) -> dict[str, tuple[list[str], str]]:
+    """By recipe: those, best first, that differ from it in one setting, end lower, and are the rule for it; which one.
 
     The rule: most pulls that differ in this setting alone end within MATTERS of the best. Where they do not, as over a
     grid of learning rates, the setting is what is being studied, and a pull is where its setting puts it.
     """
-    mine, axes = groups[name], defaultdict(list)
-    for other, members in groups.items():
-        if other == name or not mine or not members:
-            continue
-        a, b = mine[0], members[0]
-        same = [(shards_of(a), shards_of(b))] + [(a.config.get(key), b.config.get(key)) for key in SIZE]
-        differs = [key for key in varied if key not in BOOKKEEPING and a.config.get(key) != b.config.get(key)]
-        if len(differs) == 1 and all(x == y and x is not None for x, y in same):
-            axes[differs[0]].append((end_loss(members, curves), other))
-    for setting, found in axes.items():
-        limit = min(found)[0] * (1 + MATTERS)
-        rule = [other for end, other in sorted(found) if end <= limit]
-        total = len(mine) + sum(len(groups[other]) for _, other in found)
-        if end_loss(mine, curves) > limit and 2 * sum(len(groups[other]) for other in rule) > total:
-            return rule, setting
-    return None
+    settings = [key for key in varied if key not in BOOKKEEPING]
+    values: dict[str, tuple[str, ...]] = {}
+    for name, members in groups.items():
+        fixed = [shards_of(members[0]), *(members[0].config.get(key) for key in SIZE)] if members else [None]
+        if None not in fixed:
+            values[name] = (repr(fixed), *(repr(members[0].config.get(key)) for key in settings))
+    ends = {name: end_loss(groups[name], curves) for name in values}
+    told: dict[str, tuple[list[str], str]] = {}
+    for place, setting in enumerate(settings, start=1):
+        axes: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for name, told_of in values.items():
+            axes[(*told_of[:place], *told_of[place + 1 :])].append(name)
+        for names in axes.values():
+            names.sort(key=lambda name: (ends[name], name))
+            limit = ends[names[0]] * (1 + MATTERS)
+            near = [name for name in names if ends[name] <= limit]
+            if 2 * sum(len(groups[name]) for name in near) > sum(len(groups[name]) for name in names):
+                for name in names[len(near) :]:
+                    told.setdefault(name, (near[:SIBLINGS], setting))
+    return told
 
 
 def end_loss(members: list[Run], curves: dict[str, Curve]) -> float:

@@ -4,6 +4,7 @@ import gzip
 import html.parser
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -17,14 +18,14 @@ import numpy as np
 import pytest
 
 import console
-from gacha import odds, report, runs
+from gacha import duel, odds, report, runs, stopping
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
 
 def write(source: Path, out: Path, *flags: str) -> tuple[str, dict[str, Any]]:
     """The page and the JSON of `gacha report source`."""
-    assert report.main([str(source), "--out", str(out / "report.html"), *flags]) == 0
+    assert report.main([str(source), "--out", str(out / "report.html"), "--log", "false", *flags]) == 0
     loaded = json.loads((out / "report.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} in JSON"))
     return (out / "report.html").read_text(encoding="utf-8"), loaded
 
@@ -106,20 +107,21 @@ def test_table_and_key_numbers_need_no_script(written: tuple[str, dict[str, Any]
     for said in ("3f9c1a7e-s3", "b44e0d21-s0", "diverged", "crashed", "1.6200", "JPY", 'lang="ja"', "営業部の佐藤です"):
         assert said in static
     assert f"{written[1]['best']['val_bpb']:.4f}" in static
-    heads = re.findall(r"<th[^>]*aria-sort[^>]*><button type=\"button\">([^<]+)", static)
+    (table,) = re.findall(r'<table id="pulls">.*?</table>', static, re.DOTALL)
+    heads = re.findall(r"<th[^>]*aria-sort[^>]*><button type=\"button\">([^<]+)", table)
     assert len(heads) == 13 and "val/bpb" in heads and "Money (JPY)" in heads
 
 
 def test_figures_hold_every_pull_and_clip_the_diverged_one(written: tuple[str, dict[str, Any]]) -> None:
     data = json.loads(re.search(r'id="data">(.*?)</script>', written[0], re.DOTALL)[1])  # type: ignore[index]
-    assert set(data["figures"]) == {"loss", "bpb", "event", "strip", "best_of"}
+    assert set(data["figures"]) == {"loss", "value", "event", "strip", "best_of", "learning_rates"}
     drawn = {trace["meta"] for trace in data["figures"]["loss"]["data"] if "meta" in trace}
     assert drawn == {pull["run_id"] for pull in written[1]["pulls"]}
     low, high = data["figures"]["loss"]["layout"]["yaxis"]["range"]
     assert 2 < 10**low < 3 and 4 < 10**high < 20  # a log axis
     said = [note["text"] for note in data["figures"]["loss"]["layout"]["annotations"]]
     assert any("diverged at" in text for text in said)
-    assert data["figures"]["bpb"]["layout"]["shapes"][0]["y0"] == 1.62
+    assert data["figures"]["value"]["layout"]["shapes"][0]["y0"] == 1.62
 
 
 def test_what_runs_say_cannot_break_the_page(machine: Path) -> None:
@@ -284,7 +286,7 @@ def test_a_pull_that_logged_next_to_nothing_is_still_listed(machine: Path) -> No
 
 
 def test_selection_and_its_mistakes(machine: Path, tmp_path: Path) -> None:
-    out = ["--out", str(tmp_path / "r.html")]
+    out = ["--log", "false", "--out", str(tmp_path / "r.html")]
     assert report.main([str(machine), "--group", "b44e0d21", *out]) == 0
     assert json.loads((tmp_path / "r.json").read_text())["status"] == {"diverged": 1}
     for argv, said in (
@@ -292,8 +294,16 @@ def test_selection_and_its_mistakes(machine: Path, tmp_path: Path) -> None:
         ([str(machine), "--sweep", "nope", *out], "--sweep nope"),
         ([str(tmp_path / "empty"), *out], "no such folder"),
         ([str(tmp_path), *out], "no W&B runs"),
-        (["some-team/project", *out], "ENTITY/PROJECT"),
-        (["finals.csv", *out], "CSV"),
+        (["some-team/project", *out], "no such folder"),
+        ([str(tmp_path / "finals.csv"), *out], "finals.csv"),
+        ([str(machine), "--job_type", "sft", *out], "pretrain; choose one with --job_type"),
+        ([str(machine), "--by", "lrr", *out], "--by lrr: no run's config has it; there are lr"),
+        ([str(machine), "--value", "val/bpp", *out], "--value val/bpp: no pull has it; there are val/bpb"),
+        (
+            [str(machine), "--duel", "b44e0d21", "3f9c1a7e", *out],
+            "no recipe of two finals by this name; there are 3f9c",
+        ),
+        ([str(machine), "--higher_is_better", "--lower_is_better", *out], "give one of them"),
         ([str(machine), "--out", str(tmp_path / "r.json")], "ends in .html"),
         ([str(machine), "--ot", "x"], "--out"),
     ):
@@ -302,7 +312,7 @@ def test_selection_and_its_mistakes(machine: Path, tmp_path: Path) -> None:
 
 
 def test_door_prints_json_or_a_summary(machine: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "gacha", "report", str(machine), "--out", str(tmp_path / "r.html")]
+    command = [sys.executable, "-m", "gacha", "report", str(machine), "--out", str(tmp_path / "r.html"), "--log=False"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["best"]["name"].startswith("3f9c1a7e-s")
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -311,23 +321,180 @@ def test_door_prints_json_or_a_summary(machine: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
 
 
-def test_a_hundred_long_pulls_stay_fast_and_small(machine: Path) -> None:
-    """100 pulls of 2,000 rows: statistics, figures and page in seconds, the page far below its limit."""
+def many(machine: Path, n: int, recipes: int, rows: int) -> list[runs.Run]:
+    """n pulls of `recipes` recipes in memory; one in twenty diverges half way, and says so."""
     (model,) = [run for run in runs.read(machine) if run.name == "3f9c1a7e-s0"]
-    rng, many = np.random.default_rng(0), []
-    tokens = np.linspace(1, 4e6, 2000)
-    for seed in range(100):
-        loss = runs.Series(np.arange(2000), tokens, 3 + 6 * np.exp(-tokens / 5e5) + rng.normal(scale=0.02, size=2000))
-        bpb = runs.Series(loss.step[19::20], loss.tokens[19::20], loss.value[19::20] / 2)
+    rng, made = np.random.default_rng(0), []
+    steps, tokens = np.arange(1, rows + 1), np.linspace(1, 4e6, rows)
+    for i in range(n):
+        recipe, seed = i % recipes, i // recipes
+        values = 3 + 6 * np.exp(-tokens / 5e5) + rng.normal(scale=0.02, size=rows) + rng.normal(scale=0.01)
+        values += 0.05 * recipe / recipes
+        last = rows // 2 if i % 20 == 19 else rows
+        loss = runs.Series(steps[:last], tokens[:last], values[:last])
+        every = max(1, rows // 100)
+        bpb = runs.Series(*(column[every - 1 :: every] for column in loss))
         history = {"train/loss": loss, "val/bpb": bpb, "stability/grad_norm": loss}
-        values = model.__dict__ | {"id": f"id{seed}", "name": f"a-s{seed}", "history": history}
-        values |= {"config": model.config | {"seed": seed}, "summary": model.summary | {"val/bpb": bpb.value[-1]}}
-        many.append(runs.Run(**values))
+        told = model.__dict__ | {"id": f"id{i}", "name": f"r{recipe}-s{seed}", "history": history}
+        told["config"] = model.config | {"seed": seed, "recipe": f"r{recipe}", "lr": 1e-3 * 2 ** (recipe % 4)}
+        told["summary"] = model.summary | {"val/bpb": bpb.value[-1], "tokens": tokens[last - 1]}
+        made.append(runs.Run(**told | {"status": "diverged" if last < rows else "ok"}))
+    return made
+
+
+@pytest.mark.parametrize(("recipes", "banded"), [(10, 5), (500, 5)])
+def test_a_thousand_pulls_stay_fast_and_small(machine: Path, recipes: int, banded: int) -> None:
+    """Statistics, figures and page in seconds; few lines drawn, the others waiting; no more elements than a table."""
     from gacha import page
 
-    began = time.monotonic()
-    told = report.summarise(many, "x")
-    built = page.build(told, many)
-    assert time.monotonic() - began < 8
-    assert len(built.encode()) < 5e6
-    assert len(told["recipes"][0]["best_of"]) == 100 and not math.isnan(told["best"]["lead_share"])
+    pulls = many(machine, 1000, recipes, rows=120)
+    began = time.process_time()
+    told = report.summarise(pulls, "x")
+    built = page.build(told, pulls)
+    assert time.process_time() - began < 12
+    assert len(built.encode()) < 5e6 and len(Elements(built).found) < 40_000
+    ks = list(map(int, told["recipes"][0]["best_of"]))
+    assert ks[-1] == told["recipes"][0]["n_finals"] and ks == sorted(ks) and len(ks) < 50
+    data = json.loads(re.search(r'id="data">(.*?)</script>', built, re.DOTALL)[1])  # type: ignore[index]
+    loss = data["figures"]["loss"]
+    drawn = {trace["meta"] for trace in loss["data"] if "meta" in trace}
+    assert len(loss["data"]) < 60 and len(drawn) >= 3 * min(banded, 3)
+    assert {one["run"] for one in loss["more"]} | drawn == {run.id for run in pulls}
+    assert not {one["run"] for one in loss["more"]} & drawn
+    assert sum(trace.get("fill") == "tonexty" for trace in loss["data"]) == banded
+
+
+def test_of_many_pulls_the_silent_failure_is_still_found(machine: Path) -> None:
+    """Beyond the number that is examined one by one, those that lie highest are."""
+    pulls = relatives(machine, {f"a-s{i}": 0.0 for i in range(150)} | {"a-s150": 0.3, "a-s151": 0.2})
+    rows = report.summarise(pulls, "x")["siblings"]["above"]
+    assert [row["name"] for row in rows[:2]] == ["a-s150", "a-s151"]
+
+
+def finals(tmp_path: Path, **groups: list[float]) -> Path:
+    """A CSV of finals, a row per pull."""
+    lines = ["recipe,seed,score"]
+    for name, values in groups.items():
+        lines += [f'"{name}",{seed},{float(value)!r}' for seed, value in enumerate(values)]
+    path = tmp_path / "finals.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_a_csv_of_finals_is_reported_as_its_statistics_say(tmp_path: Path) -> None:
+    """Recipes, odds, target, price, reservation value and duels are those of gacha/odds.py and gacha/duel.py."""
+    rng = np.random.default_rng(1)
+    groups = {name: list(rng.normal(mean, 0.02, size=9)) for name, mean in (("甲", 0.5), ("乙", 0.53), ("丙", 0.4))}
+    source = finals(tmp_path, **groups)
+    flags = ["--higher_is_better", "--target", "0.53", "--cost", "5", "--worth", "1000", "--duel", "甲", "丙"]
+    page, told = write(source, tmp_path, *flags)
+    assert told["value"]["metric"] == "score" and told["value"]["lower_is_better"] is False
+    assert [recipe["recipe"] for recipe in told["recipes"]] == ["乙", "甲", "丙"], "the best mean first"
+    assert told["best"]["value"] == max(groups["乙"]) and "val_bpb" not in told["best"]
+    main = told["recipes"][0]
+    for got in odds.best_of_curve(groups["乙"], lower_is_better=False):
+        assert main["best_of"][str(got.k)]["u"] == pytest.approx(got.u)
+        assert main["best_of"][str(got.k)]["lo"] == pytest.approx(got.lo)
+    hits = sum(value >= 0.53 for value in groups["乙"])
+    assert main["p_hit"]["3"]["p"] == pytest.approx(odds.p_hit(hits, 9, 3).value)
+    assert main["to_target"]["pulls"] == odds.price(hits / 9, 5.0).pulls
+    assert main["to_target"]["spend"] == pytest.approx(5 * main["to_target"]["pulls"])
+    assert main["p_one_sided"] == pytest.approx(odds.p_one_sided(groups["乙"], 0.53, lower_is_better=False))
+    assert main["reservation"]["value"] == pytest.approx(odds.reservation(groups["乙"], 5 / 1000, False).value)
+    fought = duel.duel(groups["甲"], groups["丙"], lower_is_better=False, names=("甲", "丙"))
+    assert (told["duel"]["welch_p"], told["duel"]["verdict"]) == (pytest.approx(fought.welch_p), "甲 is better")
+    assert told["duel"]["p_improvement"]["value"] == pytest.approx(fought.p_improvement.value)
+    pairs = {frozenset((pair["a"], pair["b"])): pair["holm_p"] for pair in told["duel"]["pairs"]}
+    expected = duel.duels({name: groups[name] for name in ("乙", "甲", "丙")}, lower_is_better=False)
+    assert pairs == {frozenset((pair.a, pair.b)): pytest.approx(pair.holm_p) for pair in expected}
+    for said in ("甲 is better than 丙", "Odds of reaching the target", "Every pair", "Stop at"):
+        assert said in page
+    assert told["learning_rates"] is None and told["stopping"] == []
+
+
+def test_a_csv_of_curves_brings_early_stopping(tmp_path: Path) -> None:
+    """The frontier and the ranks are those that gacha/stopping.py finds on the same curves."""
+    rng, lines, curves = np.random.default_rng(2), ["config,run,step,val_loss"], []
+    x = np.arange(100, 1001, 100)
+    for run in range(12):
+        curve = 3 + 3 * np.exp(-x / 300) + rng.normal(scale=0.03) + rng.normal(scale=0.005, size=len(x))
+        curves.append((x.astype(float), curve))
+        lines += [f"one,r{run},{step},{loss!r}" for step, loss in zip(x, map(float, curve), strict=True)]
+    (tmp_path / "curves.csv").write_text("\n".join(lines) + "\n")
+    page, told = write(tmp_path / "curves.csv", tmp_path)
+    found = stopping.frontier(*stopping.align(curves))
+    (judged,) = told["stopping"]
+    assert [one["family"] for one in judged["frontier"]] == [one.family for one in found]
+    for ours, theirs in zip(judged["frontier"], found, strict=True):
+        assert ours["saved"] == pytest.approx(theirs.saved._asdict())
+        assert ours["regret"] == pytest.approx(theirs.regret._asdict())
+    assert judged["buys_most"]["saved"]["value"] == pytest.approx(stopping.buys_most(found).saved.value)
+    assert "Compute saved against regret" in page and "When the rank is known" in page
+    figures = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["figures"]  # type: ignore[index]
+    assert figures["value"]["layout"]["xaxis"]["title"]["text"] == "step"
+
+
+def test_learning_rates_are_lines_of_the_other_settings(machine: Path) -> None:
+    """Two widths over three rates; the highest rate diverges for one of them, and is no final of it."""
+    from gacha import page
+
+    (model,) = [run for run in runs.read(machine) if run.name == "3f9c1a7e-s0"]
+    pulls = []
+    for width in (64, 128):
+        for lr, mean in ((1e-3, 1.6), (1e-2, 1.5), (1e-1, 1.7)):
+            for seed in range(3):
+                name = f"{width}-{lr}"
+                config = model.config | {"recipe": name, "seed": seed, "lr": lr, "width": width}
+                value = mean - width / 1000 + 0.01 * seed
+                own: dict[str, Any] = {
+                    "id": f"{name}-{seed}",
+                    "name": f"{name}-{seed}",
+                    "config": config,
+                    "history": {},
+                }
+                own |= {"summary": {"val/bpb": value}, "status": "diverged" if name == "64-0.1" else "ok"}
+                pulls.append(runs.Run(**model.__dict__ | own))
+    told = report.summarise(pulls, "x")
+    wide, narrow = told["learning_rates"]["lines"]
+    assert (wide["settings"], narrow["settings"]) == ({"width": 128}, {"width": 64})
+    assert wide["best_lr"] == narrow["best_lr"] == 1e-2
+    assert wide["sensitivity"] == pytest.approx((0.1 + 0 + 0.2) / 3)
+    assert (narrow["all_diverged"], narrow["points"][-1]["diverged"], narrow["points"][-1]["n"]) == (1, 3, 0)
+    assert [wide["points"][0][key] for key in ("lr", "n", "diverged")] == [1e-3, 3, 0]
+    assert [wide["points"][0][key] for key in ("lo", "mean", "hi")] == pytest.approx([1.472, 1.482, 1.492])
+    assert "Final over learning rate" in page.build(told, pulls)
+    by_width = report.summarise(pulls, "x", by="width")
+    assert [recipe["recipe"] for recipe in by_width["recipes"]] == ["128", "64"]
+    assert [recipe["n"] for recipe in by_width["recipes"]] == [9, 9]
+
+
+def test_hostile_and_hopeless_csvs_make_pages_too(tmp_path: Path) -> None:
+    """Hostile recipes and columns through the door; then a single pull, and pulls that all diverged."""
+    names = [HOSTILE.replace('"', '""') + end for end in "abc"]
+    source = finals(tmp_path, **{name: [1.0, 1.1, 1.3] for name in names})
+    source.write_text(source.read_text(encoding="utf-8").replace("score", "loss<img src=x>"), encoding="utf-8")
+    page, told = write(source, tmp_path, "--value", "loss<img src=x>", "--target", "1.2")
+    assert told["recipes"][0]["recipe"] == HOSTILE + "a" and told["value"]["metric"] == "loss<img src=x>"
+    elements = Elements(page).found
+    assert sum(tag == "script" for tag, _ in elements) == 3
+    assert not any(tag == "img" for tag, _ in elements)
+    assert not any(name.startswith("on") for _, attributes in elements for name in attributes)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    assert "<img" not in json.dumps(data["figures"])
+    page, told = write(finals(tmp_path, alone=[1.0]), tmp_path)
+    assert "only finished pull" in page and told["duel"] is None and told["recipes"][0]["best_of"]["1"]["lo"] is None
+    page, told = write(finals(tmp_path, lost=[math.nan, math.inf]), tmp_path)
+    assert "No pull to keep" in page and told["recipes"][0]["p_diverge"]["k"] == 2
+
+
+def test_runs_without_job_types_are_pulls_and_recorded_reports_are_not(machine: Path, tmp_path: Path) -> None:
+    found = runs.read(machine)
+    for run in found:
+        run.job_type = ""
+    assert len(report.select(found, "", "")) == len(found)
+    source = copy_runs(machine, tmp_path / "runs", "3f9c1a7e-s0", "3f9c1a7e-s1")
+    command = [sys.executable, "-m", "gacha", "report", str(source), "--out", str(tmp_path / "r.html")]
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(source)}
+    assert "recorded" in subprocess.run(command, check=True, env=env, capture_output=True, text=True).stdout
+    assert [run.job_type for run in runs.read(source)].count("report") == 1
+    assert len(write(source, tmp_path)[1]["pulls"]) == 2
