@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -106,12 +106,11 @@ class Worker:
             return Pack([min(pulls, key=place)])
         if pulls:
             jobs = sum(card.jobs for card in cards.values())
-            sizes: dict[tuple[str, int | None], int] = {}
-            for pull in self.ledger.pulls:
-                if pull.status == "running":
-                    sizes[pull.agent, pull.pid] = sizes.get((pull.agent, pull.pid), 0) + 1
+            # Its own by what it has in hand: what it took a moment ago does not run yet.
+            theirs = Counter((p.agent, p.pid) for p in self.others() if p.status == "running")
+            sizes = [len(pack.open) or len(pack.pulls) for pack in self.running] + list(theirs.values())
             pulls = sorted(pulls, key=place)[:MOST_PLANNED]
-            pack = plan(pulls, jobs, self.most, list(sizes.values())[:jobs])[0]
+            pack = plan(pulls, jobs, self.most, sizes[:jobs])[0]
             return Pack(pack.pulls[: max(left, 1)])
         if self.sweep.listed or left <= 0:
             return None

@@ -206,6 +206,12 @@ def test_a_pack_is_told_what_each_run_would_have_been_told(capsys: pytest.Captur
     assert {row["lr"] for row in dry["rows"]} == {0.1, 3.0} and {row["seed"] for row in dry["rows"]} == {0, 1, 2}
 
 
+def test_two_slots_share_five_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the first slot has taken and not yet started counts when the second is filled."""
+    code, _, _ = run(capsys, write({"seed": list(range(5))}), "--jobs", "2")
+    assert code == 0 and sorted(len(told["rows"]) for told in seen()) == [2, 3]
+
+
 def test_pack_1_is_a_process_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     code, result, _ = run(capsys, write({"seed": [0, 1]}), "--pack", "1")
     assert code == 0 and [told["env"]["WANDB_RUN_ID"] for told in seen()] == [run["run_id"] for run in result["runs"]]
