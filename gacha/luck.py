@@ -192,6 +192,7 @@ def stopping(pulls: list[Run], recipe: dict[str, str], order: list[str], measure
     """
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
     ends: dict[str, list[float]] = defaultdict(list)
+    finals: dict[str, list[float]] = defaultdict(list)
     for run in pulls:
         series = run.history.get(measure.metric)
         if series is None or run.status not in (*FINISHED, "diverged"):
@@ -202,26 +203,37 @@ def stopping(pulls: list[Run], recipe: dict[str, str], order: list[str], measure
             found[recipe[run.id]].append((x[known], series.value[known]))
             if run.status in FINISHED:
                 ends[recipe[run.id]].append(float(x[known][-1]))
+                finals[recipe[run.id]].append(float(series.value[known][-1]))
     told = []
     name = max(order, key=lambda one: len(ends[one]))
     if len(ends[name]) >= CURVES:
         told.append(judged(name, found[name], measure))
     last = [end for group in ends.values() for end in group]
     if len(found) > 1 and len(last) >= CURVES and min(last) >= ALIKE * max(last):
-        told.append(judged("", [curve for curves in found.values() for curve in curves], measure))
+        told.append(judged("", [curve for curves in found.values() for curve in curves], measure, seed_sd(finals)))
     return told
 
 
-def judged(name: str, curves: list[tuple[np.ndarray, np.ndarray]], measure: Measure) -> dict[str, Any]:
-    """Ranks and stopping rules of one group of curves, JUDGED of them spread over the group."""
+def seed_sd(finals: dict[str, list[float]]) -> float | None:
+    """The sd of seeds within recipes, pooled; None where no recipe was pulled twice."""
+    groups = [np.array(group) for group in finals.values() if len(group) > 1]
+    freedom = sum(len(group) - 1 for group in groups)
+    return math.sqrt(sum(((group - group.mean()) ** 2).sum() for group in groups) / freedom) if freedom else None
+
+
+def judged(
+    name: str, curves: list[tuple[np.ndarray, np.ndarray]], measure: Measure, sd: float | None = None
+) -> dict[str, Any]:
+    """Ranks and stopping rules of one group of curves, JUDGED of them spread over the group; regret also in `sd`."""
     from gacha import stopping as rules
 
     chosen = np.unique(np.linspace(0, len(curves) - 1, min(JUDGED, len(curves))).round().astype(int))
     fractions, values = rules.align([curves[i] for i in chosen])
-    outcomes = rules.frontier(fractions, values, measure.lower_is_better)
+    outcomes = rules.frontier(fractions, values, measure.lower_is_better, sd)
     return {
         "recipe": name,
         "n": len(values),
+        "sd_of": "seeds" if name or sd is not None else "these pulls",
         "rank_known": [flat(rank) for rank in rules.rank_known(fractions, values, measure.lower_is_better)],
         "frontier": [flat(outcome) for outcome in outcomes],
         "buys_most": flat(rules.buys_most(outcomes, REGRET)) | {"allowed_sd": REGRET},

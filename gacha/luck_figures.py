@@ -223,7 +223,7 @@ def frontier(stopping: dict[str, Any], value: dict[str, Any]) -> Any:
             f"<b>{literal(family)}</b> {literal(one['parameter'], 60)}, {literal(one['setting'])}<br>"
             f"saved {one['saved']['value']:.0%} ({one['saved']['lo']:.0%} to {one['saved']['hi']:.0%} of splits)<br>"
             f"regret {one['regret']['value']:.4f} ({one['regret']['lo']:.4f} to {one['regret']['hi']:.4f}), "
-            f"{one['regret_sd']['value']:.2f} seed sd"
+            f"{one['regret_sd']['value']:.2f} sd"
             for one in found
         ]
         figure.add_trace(

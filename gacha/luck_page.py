@@ -225,7 +225,8 @@ def stopping_part(report: dict[str, Any], told: dict[str, Any], drawn: dict[str,
     lead = (
         f"On the {told['n']} {whose} {rule} would have saved {most['saved']['value']:.0%} of the compute "
         f"({between(most['saved'], percent)} over splits) at a mean regret of "
-        f"{most['regret_sd']['value']:.2f} seed sd: the most of all rules that lose at most {most['allowed_sd']:g}."
+        f"{most['regret_sd']['value']:.2f} sd of {told['sd_of']}: the most of all rules that lose at most "
+        f"{most['allowed_sd']:g}."
     )
     rows = [
         [
@@ -239,7 +240,7 @@ def stopping_part(report: dict[str, Any], told: dict[str, Any], drawn: dict[str,
         ]
         for one in told["frontier"]
     ]
-    heads = ["Rule", "Pulls run", "#Compute saved", "#95%", "#Regret", "#95%", "#Regret in seed sd"]
+    heads = ["Rule", "Pulls run", "#Compute saved", "#95%", "#Regret", "#95%", "#Regret in sd"]
     return f"""<p class="lead">{escape(lead)}</p><div class="pair">
 {figure(f"ranks{place}", drawn, "When the rank is known", known)}
 {figure(f"frontier{place}", drawn, "Compute saved against regret", saved)}</div>

@@ -268,16 +268,17 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
         shown = list(main_recipe["best_of"].items())
         told["best of 1..n"] = "  ".join(f"{k}: {got['u']:.4f}" for k, got in shown[:8])
     if priced := main_recipe["to_target"]:
-        told["target"] = f"{report['value']['target']:g}: {priced['hits']} of {priced['n']} reach it" + (
-            f"; {priced['pulls']} pulls for {priced['confidence']:.0%}" if priced["pulls"] else ""
-        )
+        told["target"] = f"{report['value']['target']:g}: {priced['hits']} of {priced['n']} reach it"
+        if priced["hits"]:
+            told["target"] += f"; {priced['pulls']} pulls for {priced['confidence']:.0%}"
     if fought := report["duel"]:
         told["duel"] = fought["told"]
     for group in report["stopping"]:
         most = group["buys_most"]
         told[f"early stopping {pulls.brief(group['recipe']) or 'all'}"] = (
             f"{most['family']} {most['parameter']}".strip()
-            + f" would have saved {most['saved']['value']:.0%} at a regret of {most['regret_sd']['value']:.2f} seed sd"
+            + f" would have saved {most['saved']['value']:.0%} at a regret of {most['regret_sd']['value']:.2f} sd of "
+            + group["sd_of"]
         )
     lossy = [one for one in report["recipes"] if one is main_recipe or (one["p_diverge"] and one["p_diverge"]["k"])]
     for recipe in lossy[:8]:

@@ -51,8 +51,9 @@ class Outcome(NamedTuple):
     """What a schedule did on held-out pulls: means over random splits, and where 95% of the splits fell.
 
     `saved`: share of the compute of running every pull to its end (or divergence). `regret`: how far the best pull kept
-    is behind the best of all, in units of the value; `regret_sd` in sd of the finals. `setting`: "parallel" pulls are
-    compared with each other as they run, "sequential" ones with the best that has finished before them.
+    is behind the best of all, in units of the value; `regret_sd` in sd of the finals, or of the seeds. `setting`:
+    "parallel" pulls are compared with each other as they run, "sequential" ones with the best that has finished before
+    them.
     """
 
     family: str
@@ -262,12 +263,18 @@ def judge(fractions: np.ndarray, loss: np.ndarray, stopped: np.ndarray) -> tuple
 
 
 def frontier(
-    fractions: np.ndarray, values: np.ndarray, lower_is_better: bool = True, splits: int = 200, seed: int = 0
+    fractions: np.ndarray,
+    values: np.ndarray,
+    lower_is_better: bool = True,
+    sd: float | None = None,
+    splits: int = 200,
+    seed: int = 0,
 ) -> list[Outcome]:
     """No stopping, halving, Hyperband and the learned rule on held-out pulls: what each saves and what it risks.
 
-    Every split draws half of the pulls to learn from, and judges all schedules on the other half. Raises ValueError for
-    fewer than 6 pulls, 2 rows or 2 finished pulls.
+    Every split draws half of the pulls to learn from, and judges all schedules on the other half. `sd`: that of seeds,
+    for pulls of several recipes; without it that of the finals. Raises ValueError for fewer than 6 pulls, 2 rows or 2
+    finished pulls.
     """
     loss = np.where(np.isfinite(values), values if lower_is_better else -values, np.inf)
     loss[~np.logical_and.accumulate(np.isfinite(loss), axis=1)] = np.inf
@@ -279,13 +286,13 @@ def frontier(
         )
     order = np.argsort(np.random.default_rng(seed).random((splits, n)), axis=1)
     rule, held = learn(loss[order[:, : n // 2]]), loss[order[:, n // 2 :]]
-    pulls, sd = held.shape[1], float(finals.std(ddof=1))
+    pulls, unit = held.shape[1], float(finals.std(ddof=1)) if sd is None else sd
     told = []
 
     def tell(family: str, parameter: str, stopped: np.ndarray, setting: str = "parallel") -> None:
         saved, regret = judge(fractions, held, stopped)
         if len(saved):
-            relative = over(regret / sd) if sd > 0 else Estimate(math.nan, math.nan, math.nan)
+            relative = over(regret / unit) if unit > 0 else Estimate(math.nan, math.nan, math.nan)
             told.append(Outcome(family, parameter, setting, over(saved), over(regret), relative))
 
     tell("none", "", run_parallel(held, {}))

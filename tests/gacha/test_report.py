@@ -1,5 +1,6 @@
 """The report, through its door: what it says, what it writes, and that nothing a run says can break the page."""
 
+import csv
 import gzip
 import html.parser
 import json
@@ -19,6 +20,8 @@ import pytest
 
 import console
 from gacha import duel, odds, report, runs, stopping
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
@@ -432,6 +435,20 @@ def test_a_csv_of_curves_brings_early_stopping(tmp_path: Path) -> None:
     assert "Compute saved against regret" in page and "When the rank is known" in page
     figures = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["figures"]  # type: ignore[index]
     assert figures["value"]["layout"]["xaxis"]["title"]["text"] == "step"
+
+
+def test_regret_over_several_recipes_is_told_in_sd_of_their_seeds(tmp_path: Path) -> None:
+    """Four learning rates scatter far more than their seeds: in sd of all finals no regret would look like much."""
+    _, told = write(DOCS / "early_stopping.csv", tmp_path, "--by", "lr")
+    with (DOCS / "early_stopping.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    last = {row["run"]: row for row in rows}.values()
+    groups = [[float(row["val_bpb"]) for row in last if row["lr"] == lr] for lr in {row["lr"] for row in rows}]
+    pooled = float(np.mean([np.var(group, ddof=1) for group in groups])) ** 0.5
+    one, everyone = told["stopping"]
+    assert (one["n"], everyone["n"], everyone["sd_of"]) == (8, 32, "seeds")
+    found = [(rule["regret"]["value"], rule["regret_sd"]["value"]) for rule in everyone["frontier"]]
+    assert max(found)[0] > 0 and all(sd == pytest.approx(regret / pooled, abs=1e-12) for regret, sd in found)
 
 
 def test_learning_rates_are_lines_of_the_other_settings(machine: Path) -> None:
