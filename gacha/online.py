@@ -73,7 +73,7 @@ def connect(path: str) -> Any:
     settings = wandb.setup().settings
     if not tracking.has_key(settings):
         raise UserError(
-            f"{path}: no such folder here, and no W&B key to look on {settings.base_url}: wandb login, or WANDB_API_KEY"
+            f"{path}: no folder here, and no W&B key to look on {settings.base_url}: wandb login, or WANDB_API_KEY"
         )
     # Its own patience is hours.
     settings.x_graphql_retry_max = settings.x_graphql_retry_max or 4
