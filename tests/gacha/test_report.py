@@ -297,7 +297,7 @@ def test_selection_and_its_mistakes(machine: Path, tmp_path: Path) -> None:
         ([str(machine), "--sweep", "nope", *out], "--sweep nope"),
         ([str(tmp_path / "empty"), *out], "no such folder"),
         ([str(tmp_path), *out], "no W&B runs"),
-        (["some-team/project", *out], "no such folder"),
+        (["some-team/project", *out], "no folder here, and no W&B key"),
         ([str(tmp_path / "finals.csv"), *out], "finals.csv"),
         ([str(machine), "--job_type", "sft", *out], "pretrain; choose one with --job_type"),
         ([str(machine), "--by", "lrr", *out], "--by lrr: no run's config has it; there are lr"),
