@@ -6,7 +6,7 @@ on several tasks or examples, `scores` are runs x tasks, higher is better, as in
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,15 +41,6 @@ class Duel(NamedTuple):
     winner: str | None
     verdict: str
     told: str
-
-
-class Pair(NamedTuple):
-    """One duel of several; `holm_p` is Welch's p after Holm's correction for how many there are."""
-
-    a: str
-    b: str
-    duel: Duel
-    holm_p: float
 
 
 def welch(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tuple[Estimate, float]:
@@ -194,16 +185,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, p * (len(known) - rank)))
         corrected[i] = highest
     return corrected
-
-
-def duels(
-    groups: Mapping[str, ArrayLike], lower_is_better: bool = True, level: float = 0.95, seed: int = 0
-) -> list[Pair]:
-    """Every pair of recipes, in the order given. A `winner` there is by its own p; ask `holm_p` before boasting."""
-    pairs = list(itertools.combinations(groups, 2))
-    fought = [duel(groups[a], groups[b], lower_is_better, (a, b), level, seed) for a, b in pairs]
-    corrected = holm([one.welch_p for one in fought])
-    return [Pair(a, b, one, p) for (a, b), one, p in zip(pairs, fought, corrected, strict=True)]
 
 
 def iqm(scores: ArrayLike) -> float:

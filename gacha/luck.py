@@ -10,6 +10,7 @@ from collections import defaultdict
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gacha import odds, siblings
 from gacha.pulls import FINISHED, NOT_A_RECIPE, Measure
@@ -77,7 +78,7 @@ def recipe_summary(
         told |= {"min": spread.low, "max": spread.high}
         if len(finals) >= 4:
             told["outliers"] = [finals[i]["name"] for i in odds.outliers(values)]
-        told["best_of"] = best_of(values, measure)
+        told["best_of"] = best_of(values, measure, intervals=False)  # see `intervals`
         told |= of_target(finals, diverged, told["best_of"], measure, asked)
         cost = sum(row["money"] for row in finals + diverged) / (len(finals) + len(diverged)) / asked.worth
         if len(finals) > 1 and cost > 0:
@@ -86,16 +87,10 @@ def recipe_summary(
     return told
 
 
-def best_of(values: np.ndarray, measure: Measure) -> dict[str, dict[str, Any]]:
-    """Expected best of k pulls by k, without its interval: see `intervals`."""
-    ordered = np.sort(measure.sign * values)
-    told = {}
-    for k in odds.ks_of(len(values)):
-        u, v = (
-            float(measure.sign * (ordered @ weigh(len(values), k))) for weigh in (odds.best_of_weights, odds.v_weights)
-        )
-        told[str(k)] = {"u": u, "v": v, "lo": math.nan, "hi": math.nan, "trusted": False}
-    return told
+def best_of(values: ArrayLike, measure: Measure, intervals: bool) -> dict[str, dict[str, Any]]:
+    """Expected best of k pulls by k."""
+    told = odds.best_of_curve(values, lower_is_better=measure.lower_is_better, intervals=intervals)
+    return {str(got.k): {"u": got.u, "v": got.v, "lo": got.lo, "hi": got.hi, "trusted": got.trusted} for got in told}
 
 
 def intervals(recipes: list[dict[str, Any]], rows: list[dict[str, Any]], measure: Measure) -> None:
@@ -103,9 +98,7 @@ def intervals(recipes: list[dict[str, Any]], rows: list[dict[str, Any]], measure
     finals = finals_by_recipe(rows)
     for place, recipe in enumerate(recipes):
         if recipe["n_finals"] and (place < LEADING or recipe["n_finals"] <= SMALL):
-            values = finals[recipe["recipe"]]
-            for got in odds.best_of_curve(values, lower_is_better=measure.lower_is_better):
-                recipe["best_of"][str(got.k)] |= {"lo": got.lo, "hi": got.hi, "trusted": got.trusted}
+            recipe["best_of"] = best_of(finals[recipe["recipe"]], measure, intervals=True)
 
 
 def of_target(

@@ -149,9 +149,15 @@ def ks_of(n: int) -> list[int]:
 
 
 def best_of_curve(
-    values: ArrayLike, ks: Sequence[int] | None = None, lower_is_better: bool = True, level: float = 0.95
+    values: ArrayLike,
+    ks: Sequence[int] | None = None,
+    lower_is_better: bool = True,
+    level: float = 0.95,
+    intervals: bool = True,
 ) -> list[BestOf]:
     """Expected best of k pulls for each of `ks` (default: `ks_of`), with the interval of the unbiased estimate.
+
+    Calibrating `intervals` takes up to a second for a number of finals not met before; without them they are NaN.
 
     The interval is a studentised parametric bootstrap: finals are redrawn as normal, and since (estimate - truth) over
     its standard error is free of mean and sd, the redraws do not depend on the finals. It is the t interval for k = 1
@@ -167,11 +173,11 @@ def best_of_curve(
     for k in ks if ks is not None else ks_of(n):
         u, v = float(ordered @ best_of_weights(n, k)), float(ordered @ v_weights(n, k))
         lo = hi = math.nan
-        if n > 1:
+        if n > 1 and intervals:
             low, high = pivot_quantiles(n, k, level)
             se = float(influence_se(ordered, k))
             lo, hi = sorted((sign * (u - high * se), sign * (u - low * se)))
-        told.append(BestOf(k, sign * u, sign * v, lo, hi, trusted=n > 1 and 2 * k <= n))
+        told.append(BestOf(k, sign * u, sign * v, lo, hi, trusted=n > 1 and intervals and 2 * k <= n))
     return told
 
 

@@ -92,9 +92,9 @@ def main(argv: Sequence[str]) -> int:
     console.write_atomic(out.with_suffix(".json"), (text + "\n").encode())
     places = {"page": str(out)}
     if config.log:
-        from gacha import record
+        from gacha import report_run
 
-        if where := record.log_report(report, out, config.source):
+        if where := report_run.log_report(report, out, config.source):
             places["recorded"] = where
     console.print_result((plain(report) if config.json else headline(report)) | places, as_json=config.json)
     return 0

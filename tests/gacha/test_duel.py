@@ -95,9 +95,6 @@ def test_several_duels_are_corrected() -> None:
         ps = [duel.welch(a, b)[1] for a, b in itertools.combinations(pairs, 2)]
         fooled, raw = fooled + (min(duel.holm(ps)) < 0.05), raw + (min(ps) < 0.05)
     assert fooled / 150 <= 0.08 < raw / 150
-    told = duel.duels({"a": A, "b": B, "c": A + 1e-4})
-    assert [(one.a, one.b) for one in told] == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert told[0].holm_p >= told[0].duel.welch_p and told[0].duel.verdict == "a is better"
 
 
 def test_rliables_own_figures() -> None:

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from console import UserError
-from gacha import online, record, report, runs, workspace
+from gacha import online, report, report_run, runs, workspace
 from tests import wandb_double
 from tests.wandb_double import ENTITY, Row, Server
 
@@ -345,7 +345,7 @@ def test_the_report_is_a_run_of_its_own(
     wandb.teardown()
     page = tmp_path / "report.html"
     page.write_text("<!doctype html><p>報告</p>", encoding="utf-8")
-    said = record.log_report(REPORT, page, "here")
+    said = report_run.log_report(REPORT, page, "here")
     assert said
     wandb.teardown()
     if mode == "online":
@@ -377,9 +377,9 @@ def test_a_report_that_wandb_cannot_take_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert record.log_report(REPORT, tmp_path / "none.html", "here") is None
+    assert report_run.log_report(REPORT, tmp_path / "none.html", "here") is None
     monkeypatch.setenv("WANDB_MODE", "sideways")
-    assert record.log_report(REPORT, tmp_path / "none.html", "here") is None
+    assert report_run.log_report(REPORT, tmp_path / "none.html", "here") is None
     assert "sideways" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import html.parser
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import console
 from gacha import duel, odds, report, runs, stopping
@@ -408,8 +410,9 @@ def test_a_csv_of_finals_is_reported_as_its_statistics_say(tmp_path: Path) -> No
     assert (told["duel"]["welch_p"], told["duel"]["verdict"]) == (pytest.approx(fought.welch_p), "甲 is better")
     assert told["duel"]["p_improvement"]["value"] == pytest.approx(fought.p_improvement.value)
     pairs = {frozenset((pair["a"], pair["b"])): pair["holm_p"] for pair in told["duel"]["pairs"]}
-    expected = duel.duels({name: groups[name] for name in ("乙", "甲", "丙")}, lower_is_better=False)
-    assert pairs == {frozenset((pair.a, pair.b)): pytest.approx(pair.holm_p) for pair in expected}
+    named = list(itertools.combinations(("乙", "甲", "丙"), 2))
+    expected = duel.holm([stats.ttest_ind(groups[a], groups[b], equal_var=False).pvalue for a, b in named])
+    assert pairs == {frozenset(names): pytest.approx(p) for names, p in zip(named, expected, strict=True)}
     for said in ("甲 is better than 丙", "Odds of reaching the target", "Every pair", "Stop at"):
         assert said in page
     assert told["learning_rates"] is None and told["stopping"] == []
