@@ -1,4 +1,4 @@
-"""Chat: the template of a base model, masks of what is trained on, and the rows of every post-training stage.
+"""Chat: the template of a base model, and masks of what is trained on.
 
 A model of this repository has no chat template and no role tokens. Ours needs none: a turn opens with a line of the
 kind that its corpus is full of, and an answer ends with the end-of-document token that pretraining taught.
@@ -20,18 +20,16 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from console import UserError
+from posttrain.rows import HEADINGS, Message
+from posttrain.rows import load_rows as load_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Message = dict[str, str]
 
-HEADINGS = {"system": "前提", "user": "指示", "assistant": "応答"}
-
-
-# --- templates ---------------------------------------------------------------------------------------------------------
+# --- templates -------------------------------------------------------------------------------------------------------
 def install_template(tokenizer: Any, model: Any) -> bool:
-    """Make `tokenizer` (changed in place) and `model`'s generation settings ready for chat; True if the template is ours.
+    """Make `tokenizer` (changed in place) and `model`'s generation settings ready for chat; True: with our template.
 
     A template of the model's own stays. The token that ends its answers becomes the tokenizer's EOS, as trainers stop
     and mask at that one; generation stops at it and at the EOS before. Raises UserError where the template's answers
@@ -186,7 +184,7 @@ def end_of_turn(tokenizer: Any) -> int:
     return int(ends[-1])
 
 
-# --- masks -------------------------------------------------------------------------------------------------------------
+# --- masks -----------------------------------------------------------------------------------------------------------
 def encode(tokenizer: Any, messages: list[Message]) -> dict[str, list[int]]:
     """`messages` as `input_ids` and `assistant_masks` (1: trained on), of equal length, as SFT gets them."""
     template = tokenizer.chat_template
