@@ -14,6 +14,7 @@ No text can fake a turn or an end: the template itself rewrites a heading, and a
 content, so it holds in every program that renders it. The prompt's ids are the first ids of the whole conversation's.
 """
 
+import functools
 import itertools
 import json
 from collections import Counter
@@ -29,29 +30,38 @@ if TYPE_CHECKING:
 
 # --- templates -------------------------------------------------------------------------------------------------------
 def install_template(tokenizer: Any, model: Any) -> bool:
-    """Make `tokenizer` (changed in place) and `model`'s generation settings ready for chat; True: with our template.
+    """Make `tokenizer` (changed in place) and `model`'s generation settings ready for chat; True if it had no template.
 
-    A template of the model's own stays. The token that ends its answers becomes the tokenizer's EOS, as trainers stop
-    and mask at that one; generation stops at it and at the EOS before. Raises UserError where the template's answers
-    cannot be told from its prompts, or end without a special token.
+    It then gets ours, or Gemma's where the vocabulary has Gemma's turns. A template of the model's own stays. The token
+    that ends an answer becomes the tokenizer's EOS, which trainers stop and mask at; generation stops at it and at the
+    EOS before. Raises UserError where answers cannot be told from prompts, or end without a special token.
     """
-    ours = not tokenizer.chat_template
-    if ours:
+    missing = not tokenizer.chat_template
+    if missing:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no EOS token, so no answer could end")
         # The template writes "</s>" where it means the token, so the tokenizer has to read it as one.
         tokenizer.split_special_tokens = False
-        tokenizer.chat_template = write_template(tokenizer)
+        tokenizer.chat_template = gemma_template(tokenizer) or write_template(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    stops = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    end = end_of_turn(tokenizer)
     known = model.generation_config.eos_token_id
-    stops |= {known} if isinstance(known, int) else set(known or ())
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))
-    ends = sorted(stops - {None})
-    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    ends = {end, tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else end
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return ours
+    return missing
+
+
+def gemma_template(tokenizer: Any) -> str | None:
+    """Gemma 3's template for its base models, which have its turns in their vocabulary but come without it."""
+    turns = tokenizer.convert_tokens_to_ids(["<start_of_turn>", "<end_of_turn>"])
+    if any(i in (None, tokenizer.unk_token_id) for i in turns):
+        return None
+    from trl.chat_template_utils import gemma3_training_chat_template
+
+    return str(gemma3_training_chat_template)
 
 
 def write_template(tokenizer: Any) -> str:
@@ -59,9 +69,8 @@ def write_template(tokenizer: Any) -> str:
 
     Contents are trimmed only where the tokenizer would join a heading's newline to what follows.
     """
-    special = [added.content for added in tokenizer.added_tokens_decoder.values() if added.special]
     swaps = [(f"【{heading}】", f"[{heading}]") for heading in HEADINGS.values()]
-    swaps += [(token, f"{token[0]} {token[1:]}") for token in special]
+    swaps += [(token, f"{token[0]} {token[1:]}") for token in tokenizer.all_special_tokens]
     bos = tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else None
     trim = "" if newline_stands_alone(tokenizer) else "|trim"
     names = ", ".join(f"{quote(role)}: {quote(heading)}" for role, heading in HEADINGS.items())
@@ -103,26 +112,32 @@ def newline_stands_alone(tokenizer: Any) -> bool:
 
 
 def training_template(tokenizer: Any) -> str:
-    """The tokenizer's own template with `{% generation %}` around answers and their end: what SFT masks by.
+    """The tokenizer's template with `{% generation %}` around answers and their end: what SFT masks by.
 
     From TRL where it knows the template; else rebuilt from how it renders probes, if it then renders all of them alike.
     Raises UserError where neither is possible.
     """
-    from trl.chat_template_utils import get_training_chat_template, is_chat_template_stop_token_trained
-
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
+    if not isinstance(tokenizer.chat_template, str):
         raise UserError(f"{tokenizer.name_or_path}: no single chat template: give the tokenizer one, or a base model")
-    try:
-        template = get_training_chat_template(tokenizer) or template
-    except ValueError:
-        template = rebuild_template(tokenizer)
-    if template and is_chat_template_stop_token_trained(tokenizer, template):
-        return template
+    if found := marked_template(tokenizer, tokenizer.chat_template):
+        return found
     raise UserError(
         f"{tokenizer.name_or_path}: answers cannot be told from prompts in its chat template: put "
         "{% generation %} ... {% endgeneration %} around them and their end token in chat_template.jinja"
     )
+
+
+@functools.lru_cache(maxsize=8)
+def marked_template(tokenizer: Any, template: str) -> str | None:
+    """`training_template` of `template`, which is the tokenizer's own now; None where there is none."""
+    from trl.chat_template_utils import get_training_chat_template, is_chat_template_stop_token_trained
+
+    marked: str | None
+    try:
+        marked = get_training_chat_template(tokenizer) or template
+    except ValueError:
+        marked = rebuild_template(tokenizer)
+    return marked if marked and is_chat_template_stop_token_trained(tokenizer, marked) else None
 
 
 def rebuild_template(tokenizer: Any) -> str | None:
@@ -187,12 +202,8 @@ def end_of_turn(tokenizer: Any) -> int:
 # --- masks -----------------------------------------------------------------------------------------------------------
 def encode(tokenizer: Any, messages: list[Message]) -> dict[str, list[int]]:
     """`messages` as `input_ids` and `assistant_masks` (1: trained on), of equal length, as SFT gets them."""
-    template = tokenizer.chat_template
-    if "endgeneration" not in (template or ""):
-        template = training_template(tokenizer)
-    row = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    template = training_template(tokenizer)
+    row = tokenizer.apply_chat_template(messages, chat_template=template, return_assistant_tokens_mask=True)
     return {"input_ids": list(row["input_ids"]), "assistant_masks": list(row["assistant_masks"])}
 
 

@@ -45,8 +45,8 @@ def load_rows(source: str, kind: Kind | None = None) -> "Dataset":
             if found != (wanted := kind or kind_of(rows[0] if rows else row)):
                 raise ValueError(f"is a row of {SHAPES[found]}, not of {SHAPES[wanted]}")
             rows.append(row)
-        except ValueError as mistake:
-            mistakes.append(f"{where}: {mistake}")
+        except ValueError as error:
+            mistakes.append(f"{where}: {error}")
     if len(mistakes) > 1:
         for mistake in mistakes[:BAD_ROWS_SHOWN]:
             print(mistake, file=sys.stderr)
