@@ -3,6 +3,7 @@
     pretrain   a model from scratch on the token shards of `python -m data build`
     continue   any Hugging Face model on more such shards, with general text replayed
     sample     look at what came out: `python train.py sample CHECKPOINT --prompt TEXT`
+    chat       talk to what came out: `python train.py chat CHECKPOINT`
 
 --dry_run checks the flags and the inputs of a training stage, prints the configuration as JSON and trains nothing.
 """
@@ -11,7 +12,7 @@ import sys
 
 import console
 
-STAGES = ("pretrain", "continue", "sample")
+STAGES = ("pretrain", "continue", "sample", "chat")
 
 
 def main() -> int | None:
@@ -34,6 +35,10 @@ def main() -> int | None:
         from pretrain import sample
 
         return sample.main(argv)
+    if stage == "chat":
+        from posttrain import converse
+
+        return converse.main(argv)
     raise console.UserError(f"unknown stage {stage!r}: choose {' or '.join(STAGES)}")
 
 

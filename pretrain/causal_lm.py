@@ -139,8 +139,8 @@ def quieten() -> None:
     logging.disable_progress_bar()
 
 
-def load(path: Path) -> Any:
-    """The transformers model in float32, dropout off: its curve then depends on weights and data alone.
+def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The transformers model in `dtype`, dropout off: its curve then depends on weights and data alone.
 
     Never from pickled weights, never with code of the model's author. Raises UserError where it cannot be loaded.
     """
@@ -150,7 +150,7 @@ def load(path: Path) -> Any:
 
     quieten()
     folder: Path = path
-    how: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if path.is_file():
         folder, how["gguf_file"] = path.parent, path.name
         print(f"dequantizing {path}: about a minute", file=sys.stderr, flush=True)
