@@ -1,0 +1,95 @@
+"""The held-out score kept online: its best, and whether it has fallen by more than its items can explain."""
+
+import math
+from dataclasses import dataclass, field
+
+from posttrain.limits import Limits
+from pretrain.trend import Facts
+
+
+@dataclass
+class Reference:
+    """A score that later ones are held against, and the evaluations in a row that are below it."""
+
+    score: float
+    items: int
+    below: int = 0  # evaluations in a row
+    since: int = -1  # step of the first of them
+    total: float = 0.0  # of their scores, times their items
+    heard: int = 0  # items of them
+
+    def hear(self, step: int, score: float, items: int, least: float) -> bool:
+        """Count this evaluation if it is `least` below, else start again."""
+        if self.score - score < least:
+            self.below, self.since, self.total, self.heard = 0, -1, 0.0, 0
+            return False
+        self.since = step if not self.below else self.since
+        self.below += 1
+        self.total, self.heard = self.total + score * items, self.heard + items
+        return True
+
+
+@dataclass
+class HeldOut:
+    """Scores are means of items in [0, 1]; others, and val/loss where there is no score, only tell the best step."""
+
+    refs: dict[str, Reference] = field(default_factory=dict)  # the start, and the best two evaluations in a row
+    score: float | None = None  # last one
+    items: int = 0  # of it; 0: not known yet
+    best_step: int = -1
+    best: float = math.inf  # highest score, or lowest val/loss
+    by_loss: bool = True
+
+    def __post_init__(self) -> None:
+        self.refs = {name: Reference(**one) if isinstance(one, dict) else one for name, one in self.refs.items()}
+
+    def hear_loss(self, step: int, loss: float) -> None:
+        if self.by_loss and loss < self.best:
+            self.best, self.best_step = loss, step
+
+    def hear(self, step: int, score: float, odd: bool, limits: Limits) -> Facts:
+        """The facts of a fall if this evaluation proves one, else {}. `odd`: a training signal is a second witness."""
+        if self.by_loss or score > self.best:
+            self.best, self.best_step, self.by_loss = score, step, False
+        if not 0.0 <= score <= 1.0:
+            return {}
+        self.items = self.items or limits.eval_n
+        previous, self.score = self.score, score
+        if previous is None:
+            self.refs["start"] = Reference(score, self.items)
+            return {}
+        fallen = [facts for name in self.refs if (facts := self._fallen(name, step, score, odd, limits))]
+        pair = (previous + score) / 2
+        if "best" not in self.refs or pair > self.refs["best"].score:
+            self.refs["best"] = Reference(pair, 2 * self.items)
+        return fallen[0] if fallen else {}
+
+    def _fallen(self, name: str, step: int, score: float, odd: bool, limits: Limits) -> Facts:
+        ref, items = self.refs[name], self.items
+        least = limits.fall_min if name == "start" else max(limits.fall_best, ref.score / 3)
+        if not ref.hear(step, score, items, least):
+            return {}
+        more = 0.0 if name == "start" else limits.fall_best_z
+        once = z_of(ref.score, ref.items, score, items)
+        z = z_of(ref.score, ref.items, ref.total / ref.heard, ref.heard)
+        real = ref.below >= 2 and z >= limits.fall_z + more
+        real |= once >= limits.fall_z_once + more and score < ref.score / 2
+        real |= odd and once >= limits.fall_z_odd + more
+        return {"score": score, name: ref.score, "z": max(z, once), "since": float(ref.since)} if real else {}
+
+    def gained(self, limits: Limits) -> bool:
+        """Is the score above its start by more than noise?"""
+        start = self.refs.get("start")
+        if start is None or self.score is None:
+            return False
+        return z_of(self.score, self.items, start.score, start.items) >= limits.gain_z
+
+
+def z_of(high: float, n_high: int, low: float, n_low: int) -> float:
+    """Standard errors between two shares of n items, pooled; a success and a failure are added to each share.
+
+    (Agresti and Caffo 2000: near 0 and 1 the plain difference is too sure of itself.)
+    """
+    a, b = (high * n_high + 1) / (n_high + 2), (low * n_low + 1) / (n_low + 2)
+    pooled = (high * n_high + low * n_low + 2) / (n_high + n_low + 4)
+    return (a - b) / math.sqrt(pooled * (1 - pooled) * (1 / (n_high + 2) + 1 / (n_low + 2)))

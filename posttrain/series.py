@@ -1,0 +1,51 @@
+"""A training signal kept online: where it started, where it is, how loud one row of it is."""
+
+import math
+from dataclasses import dataclass, field
+from statistics import median
+
+from pretrain.trend import Window
+
+LEVEL = 3  # rows whose median is a level
+NOISE = 64  # moves from a row to the next that the noise is known by
+SD_OF_MOVE = 1 / (0.6745 * math.sqrt(2))  # standard deviation of a row, of the median size of a move between two
+
+
+@dataclass
+class Series:
+    """One training signal: where it started, where it is, how far its level has been, how loud a row is."""
+
+    first: list[float] = field(default_factory=list)  # rows of the baseline
+    last: list[float] = field(default_factory=list)
+    moves: list[float] = field(default_factory=list)  # sizes of the last moves from a row to the next
+    low: float = math.inf  # lowest level
+    high: float = -math.inf
+    step: int = -1  # of the first row
+    at: int = -1  # of the last row
+    spacing: int = 1  # steps from a row to the next
+
+    def __post_init__(self) -> None:
+        self._moves = Window(self.moves, NOISE)
+
+    def push(self, step: int, value: float, early: int) -> None:
+        if self.last:
+            self._moves.push(abs(value - self.last[-1]))
+            self.spacing = max(1, step - self.at)
+        else:
+            self.step = step
+        if not self.first or (step - self.step <= early and len(self.first) < 8):
+            self.first.append(value)
+        self.at, self.last = step, [*self.last, value][-LEVEL:]
+        self.low, self.high = min(self.low, self.level), max(self.high, self.level)
+
+    @property
+    def level(self) -> float:
+        return median(self.last)
+
+    @property
+    def start(self) -> float:
+        return median(self.first)
+
+    @property
+    def sd(self) -> float:
+        return self._moves.median * SD_OF_MOVE if self.moves else 0.0
