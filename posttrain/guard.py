@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import console
 from posttrain.heldout import HeldOut
 from posttrain.limits import Limits
-from posttrain.series import LEVEL, Series
+from posttrain.series import Series
 from pretrain.trend import Facts
 
 Stage = Literal["sft", "reward", "dpo", "kto", "grpo", "rloo", "ppo", "distill"]
@@ -163,14 +163,14 @@ class Guard:
     def _judge_finite(self, step: int, row: Mapping[str, float]) -> Verdict | None:
         bad: Facts = {name: str(float(row[name])) for name in FINITE if name in row and not math.isfinite(row[name])}
         losses = self.series.get("train/loss")
-        norm = row.get("stability/grad_norm", 0.0)
         # A loss of RL is near 0 by design, and exactly 0 where all rewards are equal.
-        if not bad and row.get("train/loss") == 0.0 and norm == 0.0 and losses and self.stage not in RL:
+        if not bad and losses and "train/loss" in row and self.stage not in RL:
             usual = median(map(abs, losses.last))
-            if usual > self.limits.zero_loss and len(losses.last) == LEVEL:
+            zero = row["train/loss"] == row.get("stability/grad_norm", 0.0) == 0.0 and usual > self.limits.zero_loss
+            if self._held("zero_loss", step, zero, 2):  # one such row may be a batch without labels
                 bad = {"train/loss": "0.0 where NaN is filtered", "usual": usual}
         if bad:
-            self._open("nonfinite", step, bad)
+            self._open("nonfinite", self.runs["zero_loss"][0] if "usual" in bad else step, bad)
             return self._verdict("nonfinite", step, bad)
         if "train/loss" in row or "stability/grad_norm" in row:
             self._close("nonfinite", step)
@@ -201,16 +201,22 @@ class Guard:
     def _judge_logp(self, step: int) -> Verdict | None:
         """Do the chosen answers become unlikely while the margins grow?"""
         one, margin, limits = self.series["dpo/logp_chosen"], self.series.get("dpo/margin"), self.limits
-        fall, size = one.start - one.last[-1], abs(one.start)
+        rows, size = self._rows(one), abs(one.start)
         facts: Facts = {"logp_chosen": one.level, "start": one.start}
         if margin:
             facts |= {"margin": margin.level, "margin_start": margin.start}
-        grows = not margin or margin.level >= margin.start
-        allowed = max(limits.logp_fall, limits.logp_fall_share * size) + 4 * one.sd
-        alone = max(limits.logp_fall_alone, limits.logp_fall_alone_share * size) + 4 * one.sd
-        far = self._held("logp_alone", step, grows and fall > alone, self._rows(one))
-        odd = self._odd("dpo_collapse", step, grows and fall > allowed, facts, self._rows(one))
+        most = max(limits.logp_fall_alone, limits.logp_fall_alone_share * size)
+        far = self._held("logp_alone", step, self._forgets(most), rows)
+        some = max(limits.logp_fall, limits.logp_fall_share * size)
+        odd = self._odd("dpo_collapse", step, self._forgets(some), facts, rows)
         return self._verdict("dpo_collapse", step, facts) if odd and far and self.held_out.score is None else None
+
+    def _forgets(self, nats: float) -> bool:
+        """Have the chosen answers lost so many nats, beyond noise, while the margins did not shrink?"""
+        one, margin = self.series.get("dpo/logp_chosen"), self.series.get("dpo/margin")
+        if one is None or (margin and margin.level < margin.start - 2 * margin.sd):
+            return False
+        return one.start - one.last[-1] > nats + 4 * one.sd
 
     def _judge_length(self, step: int) -> Verdict | None:
         length, clipped, limits = self.series.get("policy/length"), self.series.get("policy/clipped"), self.limits
@@ -244,12 +250,9 @@ class Guard:
         same = self.series.get("reward/zero_std")
         if not self._odd("entropy_collapse", step, one.last[-1] < limits.entropy_low * one.start, facts, rows):
             return None
+        # A task that is solved needs no more exploring: without a held-out score nobody knows.
         explores = same is not None and same.level < limits.zero_std_warn
-        good = (
-            self.held_out.gained(self.limits)
-            or self._risen()
-            or (self.held_out.score is not None and self.held_out.score >= limits.solved)
-        )
+        good = self.held_out.gained(limits) or self._risen() or self.held_out.solid >= limits.solved
         return None if explores or good else self._verdict("entropy_collapse", step, facts)
 
     def _judge_signal(self, step: int) -> Verdict | None:
@@ -263,7 +266,7 @@ class Guard:
         if self.signal_asked or step < limits.no_signal_share * self.steps or self.zero_std_rows < 4:
             return None
         self.signal_asked = True
-        if mean < limits.zero_std_lost or self.held_out.gained(self.limits):
+        if mean < limits.zero_std_lost:
             return None
         self._open("no_signal", one.step, facts)
         return self._verdict("no_signal", step, facts)
@@ -282,7 +285,9 @@ class Guard:
             self.held_out.hear_loss(step, loss)
         if not math.isfinite(score := row.get(self.judge, math.nan)):
             return None
-        odd = next((kind for kind in ODD if self._lasting(kind)), None)
+        odd: Kind | None = next((kind for kind in ODD if self._lasting(kind)), None)
+        if odd == "entropy_collapse" and self.stage in RL:
+            odd = None  # entropy falls in good runs too
         facts = self.held_out.hear(step, score, odd is not None, self.limits)
         if not facts:
             for event in self.events:
@@ -293,6 +298,8 @@ class Guard:
         kind: Kind = "quality_fall"
         if self.stage in RL and self._risen():
             kind = "reward_hacking"
+        elif self.stage in PREFERENCES and self._forgets(self.limits.logp_fall):
+            kind = "dpo_collapse"
         elif odd:
             kind = odd
         elif length and length.level > self.limits.length_factor * length.start:

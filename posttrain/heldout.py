@@ -36,25 +36,27 @@ class HeldOut:
     refs: dict[str, Reference] = field(default_factory=dict)  # the start, and the best two evaluations in a row
     score: float | None = None  # last one
     items: int = 0  # of it; 0: not known yet
+    count: int = 0  # scores heard
     best_step: int = -1
-    best: float = math.inf  # highest score, or lowest val/loss
+    best: float | None = None  # highest score, or lowest val/loss
     by_loss: bool = True
 
     def __post_init__(self) -> None:
         self.refs = {name: Reference(**one) if isinstance(one, dict) else one for name, one in self.refs.items()}
 
     def hear_loss(self, step: int, loss: float) -> None:
-        if self.by_loss and loss < self.best:
+        if self.by_loss and (self.best is None or loss < self.best):
             self.best, self.best_step = loss, step
 
     def hear(self, step: int, score: float, odd: bool, limits: Limits) -> Facts:
         """The facts of a fall if this evaluation proves one, else {}. `odd`: a training signal is a second witness."""
-        if self.by_loss or score > self.best:
+        if self.by_loss or self.best is None or score > self.best:
             self.best, self.best_step, self.by_loss = score, step, False
         if not 0.0 <= score <= 1.0:
             return {}
         self.items = self.items or limits.eval_n
         previous, self.score = self.score, score
+        self.count += 1
         if previous is None:
             self.refs["start"] = Reference(score, self.items)
             return {}
@@ -70,26 +72,35 @@ class HeldOut:
         if not ref.hear(step, score, items, least):
             return {}
         more = 0.0 if name == "start" else limits.fall_best_z
-        once = z_of(ref.score, ref.items, score, items)
-        z = z_of(ref.score, ref.items, ref.total / ref.heard, ref.heard)
-        real = ref.below >= 2 and z >= limits.fall_z + more
+        # The start is one evaluation, the best two are two; each has wandered too.
+        own = limits.wander**2 / (1 if name == "start" else 2)
+        once = z_of(ref.score, ref.items, score, items, own + limits.wander**2)
+        z = z_of(ref.score, ref.items, ref.total / ref.heard, ref.heard, own + limits.wander**2 / ref.below)
+        real = ref.below >= max(2, math.ceil(limits.fall_hold * self.count)) and z >= limits.fall_z + more
         real |= once >= limits.fall_z_once + more and score < ref.score / 2
-        real |= odd and once >= limits.fall_z_odd + more
+        real |= odd and name == "start" and once >= limits.fall_z_odd
         return {"score": score, name: ref.score, "z": max(z, once), "since": float(ref.since)} if real else {}
+
+    @property
+    def solid(self) -> float:
+        """The best two evaluations in a row, or the only one; 1 where there is none: nothing is known to be lost."""
+        if ref := self.refs.get("best", self.refs.get("start")):
+            return ref.score
+        return 1.0
 
     def gained(self, limits: Limits) -> bool:
         """Is the score above its start by more than noise?"""
         start = self.refs.get("start")
         if start is None or self.score is None:
             return False
-        return z_of(self.score, self.items, start.score, start.items) >= limits.gain_z
+        return z_of(self.score, self.items, start.score, start.items, 2 * limits.wander**2) >= limits.gain_z
 
 
-def z_of(high: float, n_high: int, low: float, n_low: int) -> float:
-    """Standard errors between two shares of n items, pooled; a success and a failure are added to each share.
+def z_of(high: float, n_high: int, low: float, n_low: int, more: float = 0.0) -> float:
+    """Standard errors between two shares of n items, pooled; `more` is variance that is not the items'.
 
-    (Agresti and Caffo 2000: near 0 and 1 the plain difference is too sure of itself.)
+    A success and a failure are added to each: near 0 and 1 the plain error is too small (Agresti and Caffo 2000).
     """
     a, b = (high * n_high + 1) / (n_high + 2), (low * n_low + 1) / (n_low + 2)
     pooled = (high * n_high + low * n_low + 2) / (n_high + n_low + 4)
-    return (a - b) / math.sqrt(pooled * (1 - pooled) * (1 / (n_high + 2) + 1 / (n_low + 2)))
+    return (a - b) / math.sqrt(pooled * (1 - pooled) * (1 / (n_high + 2) + 1 / (n_low + 2)) + more)

@@ -35,7 +35,7 @@ class Limits:
     """share of their first log-probability that they may lose, where more: long answers lose some in good runs"""
     logp_fall_alone: float = 10.0
     """nats per sequence whose loss ends a run that has no held-out task"""
-    logp_fall_alone_share: float = 2.0
+    logp_fall_alone_share: float = 1.0
     """the same as a share of the first log-probability, where that is more"""
     reward_sds: float = 2.0
     """standard deviations of a row by which a reward has risen"""
@@ -61,10 +61,14 @@ class Limits:
     """share of the budget after which that mean is looked at, once"""
     eval_n: int = 64
     """held-out items, where `eval/n` does not say"""
+    wander: float = 0.04
+    """standard deviation by which a healthy model's score moves between evaluations, beside the error of its items"""
     fall_min: float = 0.1
     """fall of the held-out score below its start that matters at all"""
     fall_z: float = 4.0
-    """standard errors of a fall over two evaluations or more"""
+    """standard errors of a fall over two evaluations in a row or more"""
+    fall_hold: float = 0.05
+    """share of all evaluations so far that such a fall must last: of many, some are low together"""
     fall_z_once: float = 5.0
     """standard errors of a fall to less than half, in a single evaluation"""
     fall_z_odd: float = 3.0
@@ -75,5 +79,5 @@ class Limits:
     """standard errors that such a fall needs on top: the best of many is lucky"""
     gain_z: float = 2.0
     """standard errors of a gain that excuses long answers and low entropy"""
-    solved: float = 0.9
-    """held-out score from which on low entropy is no loss"""
+    solved: float = 0.85
+    """held-out score, over two evaluations, from which on low entropy is no loss"""

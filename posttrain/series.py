@@ -7,8 +7,8 @@ from statistics import median
 from pretrain.trend import Window
 
 LEVEL = 3  # rows whose median is a level
-NOISE = 64  # moves from a row to the next that the noise is known by
-SD_OF_MOVE = 1 / (0.6745 * math.sqrt(2))  # standard deviation of a row, of the median size of a move between two
+NOISE = 64  # second differences that the noise is known by: a trend leaves it out
+SD_OF_BEND = 1 / (0.6745 * math.sqrt(6))  # standard deviation of a row, of the median size of a second difference
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Series:
 
     first: list[float] = field(default_factory=list)  # rows of the baseline
     last: list[float] = field(default_factory=list)
-    moves: list[float] = field(default_factory=list)  # sizes of the last moves from a row to the next
+    bends: list[float] = field(default_factory=list)  # sizes of the last second differences
     low: float = math.inf  # lowest level
     high: float = -math.inf
     step: int = -1  # of the first row
@@ -25,17 +25,18 @@ class Series:
     spacing: int = 1  # steps from a row to the next
 
     def __post_init__(self) -> None:
-        self._moves = Window(self.moves, NOISE)
+        self._bends = Window(self.bends, NOISE)
 
     def push(self, step: int, value: float, early: int) -> None:
         if self.last:
-            self._moves.push(abs(value - self.last[-1]))
             self.spacing = max(1, step - self.at)
         else:
             self.step = step
         if not self.first or (step - self.step <= early and len(self.first) < 8):
             self.first.append(value)
         self.at, self.last = step, [*self.last, value][-LEVEL:]
+        if len(self.last) == LEVEL:
+            self._bends.push(abs(self.last[0] - 2 * self.last[1] + self.last[2]))
         self.low, self.high = min(self.low, self.level), max(self.high, self.level)
 
     @property
@@ -48,4 +49,4 @@ class Series:
 
     @property
     def sd(self) -> float:
-        return self._moves.median * SD_OF_MOVE if self.moves else 0.0
+        return self._bends.median * SD_OF_BEND if self.bends else 0.0
