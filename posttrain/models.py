@@ -70,6 +70,11 @@ def load(path: Path, dtype: Any = None, base: str | None = None) -> tuple[Any, A
             model = causal_lm.load(path, dtype)
         except console.UserError as error:
             raise console.UserError(str(error).removeprefix("--model ")) from None
+        if path.is_file():
+            # Its weights are dequantized, but trainers would refuse them for what the model says of their origin.
+            for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+                vars(model).pop(name, None)
+            vars(model.config).pop("quantization_config", None)
         # An adapter notes the name of its base; of a GGUF file transformers only keeps the folder.
         model.config._name_or_path = model.name_or_path = str(path.resolve())
         return model, load_tokenizer(path)
