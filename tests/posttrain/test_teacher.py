@@ -60,7 +60,7 @@ def test_every_trouble_is_counted_and_survived(tmp_path: Path) -> None:
         seen[prompt] += 1
         if seen[prompt] > 1:
             return echo(asked)
-        return {
+        troubles: dict[str, bytes | Trouble] = {
             "質問0": Trouble(429, {"Retry-After": "0.3"}),
             "質問1": Trouble(429),
             "質問2": Trouble(0),
@@ -69,7 +69,8 @@ def test_every_trouble_is_counted_and_survived(tmp_path: Path) -> None:
             "質問5": b"<html>gateway</html>",
             "質問6": b'{"choices": []}',
             "質問7": b"",
-        }.get(prompt, echo(asked))
+        }
+        return troubles.get(prompt, echo(asked))
 
     with scripted_teacher.serving(troubled) as server:
         answers, ledger = ask(server.url, tmp_path, timeout=0.5, concurrency=4)
