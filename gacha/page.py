@@ -1,16 +1,18 @@
 """The report as one HTML file (see webpage.py). Every string that a run supplied passes `escape`.
 
-Here are the answer, the curves, siblings, cost and samples; pulls_page.py has the table, luck_page.py the odds.
+Here are the answer, the curves, siblings, cost and samples; pulls_page.py has the table, luck_page.py the odds,
+stages_page.py post-training.
 """
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import webpage
-from gacha import figures, luck_page, pulls_page, runs
+from gacha import figures, luck_page, pulls_page, runs, stages_figures, stages_page
 from gacha.pulls import brief
 from gacha.pulls_page import setting, settings_shown, shown
 from gacha.runs import Run
@@ -25,13 +27,17 @@ LABELLED, WALL = 14, 120
 """Pulls up to which their capsules have labels, and capsules at most."""
 
 
-def build(report: dict[str, Any], pulls: list[Run]) -> str:
-    """The page's HTML, given `report.summarise`'s numbers and the runs they came from."""
+def build(report: dict[str, Any], pulls: list[Run], tuned: Sequence[Run] = ()) -> str:
+    """The page's HTML, given `report.summarise`'s numbers and the runs they came from; `tuned` those of its stages."""
     drawn = figures.build(report, pulls)
+    stages = report.get("stages")
+    if stages:
+        drawn |= stages_figures.build(stages, tuned)
     sections = [
         ("s-pulls", "Pulls", pulls_page.table(report)),
         ("s-curves", "Curves", curve_section(report, drawn)),
         ("s-siblings", "Siblings", sibling_section(report)),
+        ("s-stages", "Post-training", stages_page.section(stages, drawn) if stages else ""),
         ("s-luck", "Luck", luck_page.odds_section(report, drawn)),
         ("s-duel", "Duel", luck_page.duel_section(report)),
         ("s-stopping", "Early stopping", luck_page.stopping_section(report, drawn)),
@@ -45,6 +51,18 @@ def build(report: dict[str, Any], pulls: list[Run]) -> str:
     title = ", ".join(report["projects"]) or report["source"]
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     return webpage.build(f"{title} · llm-gacha report", "\n".join(body), drawn, style, script)
+
+
+def build_stages(report: dict[str, Any], tuned: Sequence[Run]) -> str:
+    """The page of a folder with runs of post-training only; `report` is `stages.alone`'s."""
+    told = report["stages"]
+    drawn = stages_figures.build(told, tuned)
+    foot = f"""<footer><p>Read from <code>{escape(report["source"])}</code>, {escape(report["generated"])}. The same
+numbers are in report.json beside this page.</p></footer>"""
+    body = [stages_page.hero(report), stages_page.section(told, drawn), cost_section(report), foot]
+    title = ", ".join(report["projects"]) or report["source"]
+    style = (HERE / "report.css").read_text(encoding="utf-8")
+    return webpage.build(f"{title} · llm-gacha report", "\n".join(body), drawn, style)
 
 
 def hero(report: dict[str, Any]) -> str:

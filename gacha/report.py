@@ -1,7 +1,7 @@
 """`python -m gacha report SRC`: runs in; report.html (one file, no network), report.json, a summary out.
 
 This file is the door, and puts the numbers together; gacha/pulls.py makes runs rows, gacha/luck.py has the statistics,
-gacha/page.py and its neighbours write the page.
+gacha/stages.py those of post-training, gacha/page.py and its neighbours write the page.
 """
 
 import difflib
@@ -19,7 +19,7 @@ import tyro
 
 import console
 from console import UserError
-from gacha import csv_source, luck, odds, pulls, runs, siblings
+from gacha import csv_source, luck, odds, pulls, runs, siblings, stages, stages_text
 from gacha.finals import guess_lower_is_better
 from gacha.luck import Asked
 from gacha.pulls import FINISHED, METRIC, Measure
@@ -30,6 +30,8 @@ ENOUGH = 8
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 ELSE = ("val/loss", "val_loss", "eval/loss", "eval_loss", "test/loss", "loss")
 """Metrics that pulls without a val/bpb are judged by, the first that is there."""
+TASK = "eval/exact_match"
+"""What pulls of a stage of post-training are judged by."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,11 @@ def main(argv: Sequence[str]) -> int:
     out = Path(config.out)
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise UserError(f"--out {config.out}: give a file name that ends in .html")
-    kept = select(load(config.source, config.by, config.value), config.sweep, config.group, config.job_type)
+    found = load(config.source, config.by, config.value)
+    tuned = stages.of(found, config.sweep, config.group)
+    if tuned and config.job_type == Config.job_type and not any(fits(run, config) for run in found):
+        return write(report_of_stages(config, tuned, found), config, out, [], tuned)
+    kept = select(found, config.sweep, config.group, config.job_type)
     table = is_table(config.source)
     measure = measure_of(kept, config, csv_source.value_column(config.source, config.value) if table else config.value)
     asked = Asked(
@@ -83,11 +89,17 @@ def main(argv: Sequence[str]) -> int:
         duel=config.duel or (),
     )
     report = summarise(kept, config.source, measure, "" if table else config.by, asked, config.cost)
+    report["stages"] = stages.summarise(tuned, found, config.by)
+    return write(report, config, out, kept, tuned)
 
+
+def write(report: dict[str, Any], config: Config, out: Path, kept: list[Run], tuned: list[Run]) -> int:
+    """Page, JSON, the report's own run, and the summary on stdout; `kept` are its pulls, `tuned` runs of its stages."""
     from gacha import page  # brings plotly
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    console.write_atomic(out, page.build(report, kept).encode())
+    built = page.build(report, kept, tuned) if kept else page.build_stages(report, tuned)
+    console.write_atomic(out, built.encode())
     text = json.dumps(plain(report), ensure_ascii=False, indent=1, allow_nan=False)
     console.write_atomic(out.with_suffix(".json"), (text + "\n").encode())
     places = {"page": str(out)}
@@ -98,6 +110,25 @@ def main(argv: Sequence[str]) -> int:
             places["recorded"] = where
     console.print_result((plain(report) if config.json else headline(report)) | places, as_json=config.json)
     return 0
+
+
+def fits(run: Run, config: Config) -> bool:
+    """Is it a pull of the job type, sweep and group asked for?"""
+    return run.job_type == config.job_type and config.sweep in ("", run.sweep_id) and config.group in ("", run.group)
+
+
+def report_of_stages(config: Config, tuned: list[Run], found: list[Run]) -> dict[str, Any]:
+    """The report where there is post-training only. Raises UserError for what only pulls of one stage can answer."""
+    for flag in ("target", "worth", "duel", "cost"):
+        if getattr(config, flag) is not None:
+            known = ", ".join(dict.fromkeys(run.job_type for run in tuned))
+            raise UserError(f"--{flag} asks about the pulls of one stage: name it by --job_type, one of {known}")
+    told = stages.summarise(tuned, found, config.by, config.value.removeprefix("eval/"))
+    assert told is not None
+    if config.value and told["main"] != config.value.removeprefix("eval/"):
+        known = ", ".join(told["scores"]) or "none at all"
+        raise UserError(f"--value {config.value}: no run has it before and after; there are {known}")
+    return stages.alone(told, config.source, tuned, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def is_table(source: str) -> bool:
@@ -141,7 +172,8 @@ def select(found: list[Run], sweep: str, group: str, job_type: str = "pretrain")
 def measure_of(kept: list[Run], config: Config, asked: str) -> Measure:
     """What these pulls are judged by: `asked`, or what they have. Raises UserError for a metric that no pull has."""
     known = sorted({key for run in kept for key in (*run.summary, *run.history)})
-    metric = asked or next((name for name in (METRIC, *ELSE) if name in known), METRIC)
+    usual = (METRIC, *ELSE) if not all(run.job_type in stages.STAGES for run in kept) else (TASK, METRIC, *ELSE)
+    metric = asked or next((name for name in usual if name in known), METRIC)
     if asked and metric not in known:
         near = difflib.get_close_matches(metric, known, n=3, cutoff=0.4) or known[:8]
         raise UserError(f"--value {metric}: no pull has it; there are {', '.join(near) or 'no metrics at all'}")
@@ -249,6 +281,10 @@ def best_pull(rows: list[dict[str, Any]], measure: Measure) -> dict[str, Any] | 
 
 def headline(report: dict[str, Any]) -> dict[str, Any]:
     """The summary for stdout."""
+    brought = stages_text.headline(report["stages"]) if report.get("stages") else {}
+    if not report["recipes"]:
+        counted = {"runs": ", ".join(f"{n} {status}" for status, n in report["status"].items())}
+        return counted | brought | {"cost": bill(report)}
     main_recipe, best, metric = report["recipes"][0], report["best"], report["value"]["metric"]
     told: dict[str, Any] = {"pulls": ", ".join(f"{n} {status}" for status, n in report["status"].items())}
     if best is None:
@@ -293,10 +329,14 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
         told[f"above its siblings {row['name']}"] = (
             f"from step {row['step']}, {row['end_excess_nats']:+.3f} nats at its end"
         )
+    return told | brought | {"cost": bill(report)}
+
+
+def bill(report: dict[str, Any]) -> str:
+    """What all of it cost."""
     total = report["cost"]["total"]
     money = " + ".join(f"{amount:.4g} {currency}" for currency, amount in total["money"].items())
-    told["cost"] = f"{total['flops']:.3g} FLOPs, {total['seconds']:,.0f} device seconds" + (money and f", {money}")
-    return told
+    return f"{total['flops']:.3g} FLOPs, {total['seconds']:,.0f} device seconds" + (money and f", {money}")
 
 
 def plain(value: Any) -> Any:

@@ -36,7 +36,8 @@ def write(report: Mapping[str, Any], page: Path, source: str) -> str | None:
     if not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", source):
         entity, project = source.split("/")[:2]
     config = {key: report[key] for key in ("sweeps", "projects", "varied") if key in report}
-    config |= {"source": source, "page": str(page), "runs": [row["run_id"] for row in report["pulls"]]}
+    read = [*report["pulls"], *(report.get("stages") or {"runs": []})["runs"]]
+    config |= {"source": source, "page": str(page), "runs": list(dict.fromkeys(row["run_id"] for row in read))}
     tracker = tracking.start(
         "report",
         config,
@@ -61,7 +62,7 @@ def write(report: Mapping[str, Any], page: Path, source: str) -> str | None:
 
 
 def tables(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The report's lists by the name of their table: pulls, recipes, odds of best of k, duels, early stopping."""
+    """The report's lists by their table's name: pulls, recipes, odds of best of k, duels, early stopping, stages."""
     recipes, duel = report["recipes"], report.get("duel") or {}
     odds = [
         {"recipe": recipe["recipe"], "k": int(k), **told, "p_hit": recipe.get("p_hit", {}).get(k, {})}
@@ -71,7 +72,19 @@ def tables(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     judged = report.get("stopping") or []
     stopping = [{"recipe": group["recipe"], **outcome} for group in judged for outcome in group["frontier"]]
     listed = {"pulls": report["pulls"], "recipes": recipes, "best_of": odds, "duels": duel.get("pairs", [])}
-    return listed | {"stopping": stopping}
+    return listed | {"stopping": stopping, "stages": stages(report)}
+
+
+def stages(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each stage of post-training and each of its scores."""
+    told = (report.get("stages") or {}).get("stages", [])
+    return [
+        {key: group[key] for key in ("stage", "recipe", "control", "from", "n")}
+        | {"score": score}
+        | {key: value for key, value in change.items() if key != "seeds"}
+        for group in told
+        for score, change in group["scores"].items()
+    ]
 
 
 def table(listed: Iterable[Mapping[str, Any]]) -> tuple[list[str | int], list[list[Any]]]:
