@@ -5,12 +5,13 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 import console
-from posttrain.guard import Guard, Stage
-from posttrain.trl_names import translate
+from posttrain.guard import FINITE, WATCHED, Guard, Stage
+from posttrain.trl_names import TRL_NAMES, translate
 
 STEPS = ("step", "_step", "global_step", "train/global_step")
 
@@ -18,13 +19,13 @@ STEPS = ("step", "_step", "global_step", "train/global_step")
 @dataclass(frozen=True)
 class ExportedConfig:
     log: tyro.conf.Positional[str]
-    """CSV or JSONL, one row a logged step, with a column `step`; names are TRL's or W&B's of this project"""
+    """CSV or JSONL, a row a logged step, with a column `step`; the other names as TRL or as this project writes them"""
     stage: Stage
     """what was trained"""
     steps: int = 0
-    """budget in optimizer updates; 0: the log's last step"""
+    """budget in optimizer updates; 0: up to the log's last step"""
     judge: str = "eval/exact_match"
-    """column of the held-out score, a mean of items in [0, 1]"""
+    """column of the held-out score, a mean of items in [0, 1]; their number is in `eval/n`"""
     json: bool = False
     """print the verdict as one JSON object"""
 
@@ -32,17 +33,27 @@ class ExportedConfig:
 def main(argv: list[str]) -> int:
     """Read the log, feed the guard with it, print what it said."""
     c = console.parse(ExportedConfig, argv, "python -m posttrain.guard")
+    if c.steps < 0:
+        raise console.UserError(f"--steps {c.steps}: give the budget, or 0 for the log's last step")
     rows = read(c.log, c.stage)
+    names = sorted({name for _, row in rows for name in row})
+    if not {*names} & {*WATCHED, *FINITE, c.judge}:
+        raise console.UserError(f"{c.log}: none of its columns is judged: {', '.join(names[:12]) or 'none'}")
     guard = Guard(c.stage, c.steps or max(1, rows[-1][0]), judge=c.judge)
     verdicts = [verdict for step, row in rows if (verdict := guard.observe(step, row))]
+    result: dict[str, Any] = {
+        "status": guard.status,
+        "verdict": asdict(verdicts[0]) if verdicts else None,
+        "best_step": guard.best_step,
+        "events": [asdict(one) for one in guard.events],
+    }
     if c.json:
-        events = [asdict(one) for one in guard.events]
-        first = asdict(verdicts[0]) if verdicts else None
-        console.print_result(
-            {"status": guard.status, "verdict": first, "best_step": guard.best_step, "events": events}, True
-        )
+        console.print_result(result, as_json=True)
         return 0
     print(f"{c.log}: {verdicts[0] if verdicts else guard.status}, {len(rows):,} rows, best step {guard.best_step}")
+    if c.judge not in names:
+        others = ", ".join(name for name in names if name.startswith("eval"))
+        print(f"no column {c.judge}: quality is not judged" + (f"; --judge may name {others}" if others else ""))
     for one in guard.events:
         facts = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in one.evidence.items())
         over = "" if one.recovered_step is None else f", over at {one.recovered_step}"
@@ -51,7 +62,10 @@ def main(argv: list[str]) -> int:
 
 
 def read(path: str, stage: Stage) -> list[tuple[int, dict[str, float]]]:
-    """(step, row) in the order of the file; names translated, empty cells left out. Raises UserError."""
+    """(step, row) under our names, without empty cells. Raises UserError.
+
+    Where the step goes back, as in a resumed log, later rows replace the earlier ones after that step.
+    """
     try:
         text = Path(path).read_text("utf-8-sig")
     except FileNotFoundError:
@@ -60,46 +74,66 @@ def read(path: str, stage: Stage) -> list[tuple[int, dict[str, float]]]:
         raise console.UserError(f"{path} is a folder: name a CSV or JSONL file in it") from None
     except UnicodeDecodeError as error:
         raise console.UserError(f"{path}: not a CSV or JSONL file ({error})") from None
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    as_json = bool(lines) and lines[0][1].lstrip().startswith("{")
-    raw = from_json(path, lines) if as_json else from_csv(path, text)
+    raw = from_json(path, text) if text.lstrip().startswith("{") else from_csv(path, text)
     rows: list[tuple[int, dict[str, float]]] = []
-    for cells in raw:
-        step = next((cells[name] for name in STEPS if math.isfinite(cells.get(name, math.nan))), None)
-        if step is not None:
-            plain = {
-                name.removeprefix("train/") if name[6:] != "loss" else name: value for name, value in cells.items()
-            }
-            rows.append((int(step), translate(plain, stage)))
+    for number, cells in raw:
+        named = {plain(name): value for name, value in cells.items()}
+        at = next((named[name] for name in STEPS if name in named), None)
+        if at is None:
+            continue
+        if not math.isfinite(at):
+            raise console.UserError(f"{path}, line {number}: the step is {at}: give a number")
+        while rows and rows[-1][0] > at:
+            rows.pop()
+        rows.append((int(at), translate(named, stage)))
     if not rows:
-        raise console.UserError(f"{path}: no row has a step: name a column `step`")
+        raise console.UserError(f"{path}: no row has a step: name that column `step`")
     return rows
 
 
-def from_json(path: str, lines: list[tuple[int, str]]) -> list[dict[str, float]]:
-    rows = []
-    for number, line in lines:
+def plain(name: str) -> str:
+    """`run - train/kl`, as W&B exports what transformers logged, as `kl`; `eval/loss` as `eval_loss`."""
+    name = name.rsplit(" - ", 1)[-1].strip()
+    if name == "eval/loss":
+        return "eval_loss"
+    bare = name.removeprefix("train/")
+    return bare if bare in TRL_NAMES or bare.startswith("rewards/") else name
+
+
+def from_json(path: str, text: str) -> list[tuple[int, dict[str, float]]]:
+    """The numbers of every line, NaN and Infinity as words among them."""
+    rows: list[tuple[int, dict[str, float]]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise console.UserError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise console.UserError(f"{path}, line {number}: give one JSON object a line")
-        rows.append({name: float(value) for name, value in row.items() if isinstance(value, (int, float))})
+        numbers = {name: number_in(value) for name, value in row.items()}
+        rows.append((number, {name: value for name, value in numbers.items() if value is not None}))
     return rows
 
 
-def from_csv(path: str, text: str) -> list[dict[str, float]]:
-    rows = []
-    for number, cells in enumerate(csv.DictReader(text.splitlines()), 2):
-        row = {}
-        for name, cell in cells.items():
-            if name is None or cell is None or not cell.strip():
-                continue
-            try:
-                row[name.strip()] = float(cell)
-            except ValueError:
-                if name.strip() in STEPS:
-                    raise console.UserError(f"{path}, line {number}: {name} is {cell[:40]!r}: give a number") from None
-        rows.append(row)
+def from_csv(path: str, text: str) -> list[tuple[int, dict[str, float]]]:
+    """The numbers of every row; a cell of words, as of a table or a video, is left out."""
+    try:
+        table = list(csv.DictReader(text.splitlines()))
+    except csv.Error as error:
+        raise console.UserError(f"{path}: not a CSV file ({error})") from None
+    rows: list[tuple[int, dict[str, float]]] = []
+    for number, cells in enumerate(table, 2):
+        numbers = {name: number_in(cell) for name, cell in cells.items() if name}
+        rows.append((number, {name: value for name, value in numbers.items() if value is not None}))
     return rows
+
+
+def number_in(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None

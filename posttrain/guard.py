@@ -250,10 +250,11 @@ class Guard:
         same = self.series.get("reward/zero_std")
         if not self._odd("entropy_collapse", step, one.last[-1] < limits.entropy_low * one.start, facts, rows):
             return None
-        # A task that is solved needs no more exploring: without a held-out score nobody knows.
+        # A task that is solved or being learnt needs less exploring: two evaluations since must say that it is neither.
         explores = same is not None and same.level < limits.zero_std_warn
         good = self.held_out.gained(limits) or self._risen() or self.held_out.solid >= limits.solved
-        return None if explores or good else self._verdict("entropy_collapse", step, facts)
+        unknown = self.held_out.before < self.runs["entropy_collapse"][0]
+        return None if explores or good or unknown else self._verdict("entropy_collapse", step, facts)
 
     def _judge_signal(self, step: int) -> Verdict | None:
         """Do all completions of a prompt earn the same, and did they from the first row on?"""
@@ -262,7 +263,7 @@ class Guard:
         self.zero_std_rows += 1
         mean = self.zero_std_sum / self.zero_std_rows
         facts: Facts = {"zero_std": one.level, "mean": mean}
-        self._odd("no_signal", step, one.last[-1] >= limits.zero_std_warn, facts, 4 * self._rows(one))
+        self._odd("no_signal", step, one.last[-1] >= limits.zero_std_warn, facts, 2 * self._rows(one))
         if self.signal_asked or step < limits.no_signal_share * self.steps or self.zero_std_rows < 4:
             return None
         self.signal_asked = True

@@ -35,6 +35,9 @@ class HeldOut:
 
     refs: dict[str, Reference] = field(default_factory=dict)  # the start, and the best two evaluations in a row
     score: float | None = None  # last one
+    previous: float | None = None
+    at: int = -1  # step of the last one
+    before: int = -1  # of the one before it
     items: int = 0  # of it; 0: not known yet
     count: int = 0  # scores heard
     best_step: int = -1
@@ -55,13 +58,13 @@ class HeldOut:
         if not 0.0 <= score <= 1.0:
             return {}
         self.items = self.items or limits.eval_n
-        previous, self.score = self.score, score
-        self.count += 1
-        if previous is None:
+        self.previous, self.score, self.count = self.score, score, self.count + 1
+        self.before, self.at = self.at, step
+        if self.previous is None:
             self.refs["start"] = Reference(score, self.items)
             return {}
         fallen = [facts for name in self.refs if (facts := self._fallen(name, step, score, odd, limits))]
-        pair = (previous + score) / 2
+        pair = (self.previous + score) / 2
         if "best" not in self.refs or pair > self.refs["best"].score:
             self.refs["best"] = Reference(pair, 2 * self.items)
         return fallen[0] if fallen else {}
@@ -89,11 +92,13 @@ class HeldOut:
         return 1.0
 
     def gained(self, limits: Limits) -> bool:
-        """Is the score above its start by more than noise?"""
+        """Are the last two scores above the start by more than noise?"""
         start = self.refs.get("start")
-        if start is None or self.score is None:
+        if start is None or self.score is None or self.previous is None:
             return False
-        return z_of(self.score, self.items, start.score, start.items, 2 * limits.wander**2) >= limits.gain_z
+        score, pairs = (self.score, 1) if self.count == 2 else ((self.previous + self.score) / 2, 2)
+        more = limits.wander**2 * (1 + 1 / pairs)
+        return z_of(score, pairs * self.items, start.score, start.items, more) >= limits.gain_z
 
 
 def z_of(high: float, n_high: int, low: float, n_low: int, more: float = 0.0) -> float:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class Limits:
     """Every threshold. "toy": measured on the office task with a 0.4M model; calibrate on healthy runs of your task."""
 
-    hold_share: float = 0.03
+    hold_share: float = 0.05
     """share of the budget that a signal must stay beyond its limit, within the next two"""
-    hold_rows: int = 2
+    hold_rows: int = 3
     """logged rows in a row, at least: one row is an outlier (the k3 estimate of KL has heavy tails)"""
     hold_rows_most: int = 8
     """logged rows in a row, at most"""
