@@ -53,9 +53,10 @@ def section(told: dict[str, Any], drawn: dict[str, Any]) -> str:
 
 
 GAINS = (
-    "Change from a run's own start to its end on the same held-out items, in percentage points where a score is a share. "
-    "Large: mean over seeds with its 95% t interval, below it (diamonds) the same from samples at temperature 1. Blue gain, vermilion "
-    "harm, grey no gain, each after Holm's correction over the stages. A single seed has the interval of its items."
+    "Change from a run's own start to its end on the same held-out items, in percentage points where a score is a "
+    "share. Large: mean over seeds with its 95% t interval, below it (diamonds) the same from samples at temperature "
+    "1. Blue gain, vermilion harm, grey no gain, each after Holm's correction over the stages. A single seed has the "
+    "interval of its items."
 )
 FRONTIER = (
     "A path a run, from its first update to its last (dot); up for little way to the right is good (after fig. 2 of "
