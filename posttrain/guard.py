@@ -141,7 +141,9 @@ class Guard:
         early = int(self.limits.baseline_share * self.steps)
         for name in WATCHED:
             if math.isfinite(value := row.get(name, math.nan)):
-                self.series.setdefault(name, Series()).push(step, value, early)
+                if name not in self.series:
+                    self.series[name] = Series()
+                self.series[name].push(step, value, early)
         heard = {name for name in WATCHED if math.isfinite(row.get(name, math.nan))}
         found: list[Verdict | None] = []
         if "train/loss" in heard and self.stage not in RL:
@@ -253,8 +255,9 @@ class Guard:
         # A task that is solved or being learnt needs less exploring: two evaluations since must say that it is neither.
         explores = same is not None and same.level < limits.zero_std_warn
         good = self.held_out.gained(limits) or self._risen() or self.held_out.solid >= limits.solved
-        unknown = self.held_out.before < self.runs["entropy_collapse"][0]
-        return None if explores or good or unknown else self._verdict("entropy_collapse", step, facts)
+        since = self.runs["entropy_collapse"][0]
+        soon = self.held_out.before < since or step - since < limits.entropy_hold_share * self.steps
+        return None if explores or good or soon else self._verdict("entropy_collapse", step, facts)
 
     def _judge_signal(self, step: int) -> Verdict | None:
         """Do all completions of a prompt earn the same, and did they from the first row on?"""
@@ -264,7 +267,11 @@ class Guard:
         mean = self.zero_std_sum / self.zero_std_rows
         facts: Facts = {"zero_std": one.level, "mean": mean}
         self._odd("no_signal", step, one.last[-1] >= limits.zero_std_warn, facts, 2 * self._rows(one))
-        if self.signal_asked or step < limits.no_signal_share * self.steps or self.zero_std_rows < 4:
+        if (
+            self.signal_asked
+            or step < limits.no_signal_share * self.steps
+            or self.zero_std_rows < limits.no_signal_rows
+        ):
             return None
         self.signal_asked = True
         if mean < limits.zero_std_lost:

@@ -51,6 +51,8 @@ class Limits:
     """growth that is odd where nobody counts clipped completions; a weak start grows by as much when it learns"""
     entropy_low: float = 0.2
     """share of its start below which entropy is lost; toy: healthy GRPO keeps 0.63"""
+    entropy_hold_share: float = 0.1
+    """share of the budget that it must stay lost, without a gain: it ruins nothing at once"""
     entropy_high: float = 1.5
     """growth of DPO's and KTO's entropy that is odd; toy: collapse grew 1.9 times"""
     zero_std_warn: float = 0.9
@@ -59,6 +61,8 @@ class Limits:
     """mean of that share since the first row that ends a run"""
     no_signal_share: float = 0.2
     """share of the budget after which that mean is looked at, once"""
+    no_signal_rows: int = 8
+    """rows of that mean, at least: eight prompts a row are few"""
     eval_n: int = 64
     """held-out items, where `eval/n` does not say"""
     wander: float = 0.04

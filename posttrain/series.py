@@ -37,7 +37,10 @@ class Series:
         self.at, self.last = step, [*self.last, value][-LEVEL:]
         if len(self.last) == LEVEL:
             self._bends.push(abs(self.last[0] - 2 * self.last[1] + self.last[2]))
-        self.low, self.high = min(self.low, self.level), max(self.high, self.level)
+        level = self.level
+        if len(self.bends) <= 1:  # the first level of enough rows
+            self.low = self.high = level
+        self.low, self.high = min(self.low, level), max(self.high, level)
 
     @property
     def level(self) -> float:

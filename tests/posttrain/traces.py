@@ -1,6 +1,6 @@
 """Synthetic logs of post-training runs, good and bad, in the shapes and sizes of those measured on the office task.
 
-`python -m tests.posttrain.traces --seeds 300` prints how the guard does on them. A trace is drawn from (kind, seed):
+`python -m tests.posttrain.traces --seeds 500` prints how the guard does on them. A trace is drawn from (kind, seed):
 its stage, its budget of 20 to 5,000 steps, a row every 1 to 25 steps, an evaluation every 4% to 25% of the budget on 48
 to 256 items, the noise, the speed, and cells that are missing.
 """
@@ -348,7 +348,7 @@ def no_signal(d: Draw, kind: str) -> Trace:
     one = np.ones(len(d.at))
     columns = rollouts(d, zero_std=one * d.u(0.985, 1.0), reward=one * 0.001, entropy=one * 0.5)
     columns["reward/zero_std"] = np.where(d.rng.random(len(d.at)) < 0.1, 0.9, 1.0)
-    seen = int(d.step[min(max(4, first_row(d, 0.2)), len(d.step) - 1)])
+    seen = int(d.step[min(max(8, first_row(d, 0.2)), len(d.step) - 1)])
     return d.trace(
         kind, "grpo", columns, one[:1] * np.zeros(len(d.eval_at)), onset=0, visible=seen, names=("no_signal",)
     )
@@ -405,10 +405,10 @@ def watch(trace: Trace) -> tuple[Verdict | None, Guard]:
 class Config:
     """The guard of post-training on synthetic logs."""
 
-    seeds: int = 300
+    seeds: int = 500
     """traces of each kind"""
-    first: int = 10_000
-    """seed of the first; the tests use those from 0, the limits were chosen on those from 1,000"""
+    first: int = 30_000
+    """seed of the first; the tests use those from 0, the limits were chosen on those from 1,000, 10,000 and 20,000"""
 
 
 def main(argv: list[str]) -> int:
