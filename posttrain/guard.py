@@ -139,12 +139,11 @@ class Guard:
         if verdict := self._judge_finite(step, row):
             return verdict
         early = int(self.limits.baseline_share * self.steps)
-        for name in WATCHED:
-            if math.isfinite(value := row.get(name, math.nan)):
-                if name not in self.series:
-                    self.series[name] = Series()
-                self.series[name].push(step, value, early)
-        heard = {name for name in WATCHED if math.isfinite(row.get(name, math.nan))}
+        heard = [name for name in WATCHED if math.isfinite(row.get(name, math.nan))]
+        for name in heard:
+            if name not in self.series:
+                self.series[name] = Series()
+            self.series[name].push(step, float(row[name]), early)  # a tensor's or numpy's number would not be JSON
         found: list[Verdict | None] = []
         if "train/loss" in heard and self.stage not in RL:
             found.append(self._judge_loss(step))
@@ -152,7 +151,7 @@ class Guard:
             found.append(self._judge_kl(step))
         if "dpo/logp_chosen" in heard and self.stage in PREFERENCES:
             found.append(self._judge_logp(step))
-        if heard & {"policy/length", "policy/clipped"}:
+        if "policy/length" in heard or "policy/clipped" in heard:
             found.append(self._judge_length(step))
         if "policy/entropy" in heard and self.stage in RL + PREFERENCES:
             found.append(self._judge_entropy(step))
@@ -236,11 +235,8 @@ class Guard:
         far = self._held("clipped_max", step, share > limits.clipped_max and rise > limits.clipped_rise, rows)
         long = share > limits.clipped_warn and rise > 2 / 3 * limits.clipped_warn
         odd = self._odd("length_explosion", step, long, facts, rows)
-        return (
-            self._verdict("length_explosion", step, facts)
-            if odd and far and not self.held_out.gained(self.limits)
-            else None
-        )
+        lost = odd and far and not self.held_out.gained(limits)
+        return self._verdict("length_explosion", step, facts) if lost else None
 
     def _judge_entropy(self, step: int) -> Verdict | None:
         one, limits = self.series["policy/entropy"], self.limits
@@ -267,11 +263,8 @@ class Guard:
         mean = self.zero_std_sum / self.zero_std_rows
         facts: Facts = {"zero_std": one.level, "mean": mean}
         self._odd("no_signal", step, one.last[-1] >= limits.zero_std_warn, facts, 2 * self._rows(one))
-        if (
-            self.signal_asked
-            or step < limits.no_signal_share * self.steps
-            or self.zero_std_rows < limits.no_signal_rows
-        ):
+        due = step >= limits.no_signal_share * self.steps and self.zero_std_rows >= limits.no_signal_rows
+        if self.signal_asked or not due:
             return None
         self.signal_asked = True
         if mean < limits.zero_std_lost:
@@ -289,18 +282,18 @@ class Guard:
     # --- the held-out task --------------------------------------------------------------------------------------------
     def _judge_held_out(self, step: int, row: Mapping[str, float]) -> Verdict | None:
         """Has the score fallen? What fell is named by what else has moved."""
-        if math.isfinite(loss := row.get("val/loss", math.nan)):
+        if math.isfinite(loss := float(row.get("val/loss", math.nan))):
             self.held_out.hear_loss(step, loss)
-        if not math.isfinite(score := row.get(self.judge, math.nan)):
+        if not math.isfinite(score := float(row.get(self.judge, math.nan))):
             return None
         odd: Kind | None = next((kind for kind in ODD if self._lasting(kind)), None)
         if odd == "entropy_collapse" and self.stage in RL:
             odd = None  # entropy falls in good runs too
         facts = self.held_out.hear(step, score, odd is not None, self.limits)
-        if not facts:
-            for event in self.events:
-                if "judge" in event.evidence and event.recovered_step is None:
-                    event.recovered_step = step
+        known = [event for event in self.events if "judge" in event.evidence and event.recovered_step is None]
+        if not facts or known:
+            for event in known if not facts else []:
+                event.recovered_step = step
             return None
         length = self.series.get("policy/length")
         kind: Kind = "quality_fall"

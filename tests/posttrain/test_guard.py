@@ -188,6 +188,19 @@ def test_limits_can_be_set_and_survive_the_checkpoint() -> None:
     assert feed(guard, [(step, {"policy/kl": 0.2}) for step in range(3)])
 
 
+def test_a_fall_is_told_once_whatever_else_moves_later() -> None:
+    """And again if the score has come back since."""
+    guard, told = Guard("grpo", 100), []
+    for step in range(60):
+        score = 0.8 if step < 10 or 30 <= step < 40 else 0.1
+        row: dict[str, Any] = {"reward/mean": np.float32(step), "eval/exact_match": np.float32(score)}
+        if verdict := guard.observe(step, row | {"policy/length": 10 + step}):
+            told.append((verdict.kind, verdict.step))
+        json.dumps(guard.state())
+    assert told == [("reward_hacking", 10), ("reward_hacking", 40)]
+    assert guard.events[0].recovered_step == 30 and guard.status == "lost" and guard.best_step == 0
+
+
 def test_noise_of_few_items_is_no_fall_and_the_same_fall_over_many_is() -> None:
     scores = [0.5, 0.55, 0.5, 0.38, 0.4, 0.36, 0.34, 0.33]
     for items, lost in ((16.0, False), (64.0, False), (10_000.0, False)):
