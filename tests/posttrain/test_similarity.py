@@ -30,7 +30,7 @@ def plain(texts: list[str], segmentation: str, threshold: float) -> list[tuple[i
 def test_dedup_is_the_plain_rule(segmentation: Segmentation, threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity, "ROWS", 37)  # several blocks
     rng = random.Random(1)
-    texts = [*bench_posttrain.write(150, rng), "", "。", "!?", "。", "a", "次の文", "以下の文"]
+    texts = [*bench_posttrain.write(80, rng), "", "。", "!?", "。", "a", "次の文", "以下の文"]
     rng.shuffle(texts)
     assert dedup(texts, segmentation, threshold) == plain(texts, segmentation, threshold)
     assert dedup([], segmentation, threshold) == []
@@ -39,7 +39,7 @@ def test_dedup_is_the_plain_rule(segmentation: Segmentation, threshold: float, m
 def test_the_bound_rules_out_no_pair() -> None:
     rng = random.Random(2)
     # Few kinds of tokens and all lengths: what makes signatures collide.
-    strings = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 90))) for _ in range(120)]
+    strings = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 90))) for _ in range(50)]
     signed = signatures(strings)
     for threshold in (0.0, 0.4, 0.7, 0.95):
         row, column, score = close_pairs((strings, signed), (strings, signed), threshold)
@@ -76,7 +76,7 @@ def test_texts_are_admitted_one_after_another() -> None:
     fate = dedup(texts, "content", 0.7)
     assert [added for added, *_ in fates] == [one is None for one in fate]
     kept = [i for i, one in enumerate(fate) if one is None]
-    assert len(known.strings) == len(kept) < 60
+    assert len(known.strings) == len(kept) <= 60
     dropped = [(kept[place], score) for added, place, score in fates if not added]
     assert dropped == [one for one in fate if one is not None]
 
