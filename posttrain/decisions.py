@@ -22,7 +22,9 @@ COLUMNS: list[str | int] = ["step", "what", "text", "kept", "reason", "nearest",
 
 
 def fingerprint(path: Path) -> str:
-    """hex16 of a file's bytes."""
+    """hex16 of a file's bytes. Raises UserError where it is not one file."""
+    if not path.is_file():
+        raise console.UserError(f"{path}: give one file that lies on this machine, so that its bytes can be recorded")
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 

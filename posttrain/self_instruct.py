@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import console
+from data.progress import progress
 from posttrain import instruction_filters, instructions, rows, teacher
 from posttrain.decisions import Record, done, fingerprint
 from posttrain.instructions import Task
@@ -118,35 +119,38 @@ def write_instructions(c: SelfInstructConfig, seeds: list[Task], asked: Teacher,
     sampling = Sampling(c.max_tokens, c.temperature, **more, stop=stop, seed=c.seed)
     tasks: list[Task] = []
     limit = c.max_requests or c.n + 20
-    for first in range(0, limit, c.request_batch):
-        if len(tasks) >= c.n:
-            break
-        numbers = range(first, min(first + c.request_batch, limit))
-        prompts = []
-        for _ in numbers:
-            machine = rng.sample(tasks, min(c.machine_in_prompt, len(tasks)))
-            shown = [task["instruction"] for task in machine]
-            shown += rng.sample(human, c.human_in_prompt + c.machine_in_prompt - len(shown))
-            rng.shuffle(shown)
-            prompts.append(instructions.bootstrap_prompt(shown, asked.chat))
-        texts = []
-        for answer in asked.generate(prompts, sampling, numbers, f"instructions {len(tasks):,} of {c.n:,}"):
-            if answer.finish_reason != "stop":
-                record.decide("answer", answer.text, answer.finish_reason)
-                continue
-            for text in instructions.read_instructions(answer.text, asked.chat):
-                fault = instruction_filters.instruction_fault(text, c.min_chars, c.max_chars)
-                if fault:
-                    record.decide("instruction", text, fault)
-                else:
-                    texts.append(text)
-        for text, (new, place, score) in zip(texts, known.admit(texts, c.threshold), strict=True):
-            record.decide("instruction", text, "" if new else "similar", names[place] if place >= 0 else "", score)
-            if new:
-                names.append(text)
-                nearest = {"nearest": names[place], "score": round(score, 4)}
-                tasks.append({"id": f"machine_{len(tasks):06d}", "instruction": text, **nearest})
-        record.end_step()
+    with progress("instructions", c.n, "kept") as advance:
+        for first in range(0, limit, c.request_batch):
+            if len(tasks) >= c.n:
+                break
+            before = len(tasks)
+            numbers = range(first, min(first + c.request_batch, limit))
+            prompts = []
+            for _ in numbers:
+                machine = rng.sample(tasks, min(c.machine_in_prompt, len(tasks)))
+                shown = [task["instruction"] for task in machine]
+                shown += rng.sample(human, c.human_in_prompt + c.machine_in_prompt - len(shown))
+                rng.shuffle(shown)
+                prompts.append(instructions.bootstrap_prompt(shown, asked.chat))
+            texts = []
+            for answer in asked.generate(prompts, sampling, numbers):
+                if answer.finish_reason != "stop":
+                    record.decide("answer", answer.text, answer.finish_reason)
+                    continue
+                for text in instructions.read_instructions(answer.text, asked.chat):
+                    fault = instruction_filters.instruction_fault(text, c.min_chars, c.max_chars)
+                    if fault:
+                        record.decide("instruction", text, fault)
+                    else:
+                        texts.append(text)
+            for text, (new, place, score) in zip(texts, known.admit(texts, c.threshold), strict=True):
+                record.decide("instruction", text, "" if new else "similar", names[place] if place >= 0 else "", score)
+                if new:
+                    names.append(text)
+                    nearest = {"nearest": names[place], "score": round(score, 4)}
+                    tasks.append({"id": f"machine_{len(tasks):06d}", "instruction": text, **nearest})
+            advance(len(tasks) - before)
+            record.end_step()
     return tasks
 
 

@@ -5,6 +5,7 @@ again from its beginning, is given at once what was answered before, and so ends
 for twice.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -215,9 +216,10 @@ class Teacher:
         self.doubtful: dict[str, Completion] = {}
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, samples: Sequence[int] | None = None, name: str = "teacher"
+        self, prompts: Sequence[Prompt], sampling: Sampling, samples: Sequence[int] | None = None, name: str = ""
     ) -> list[Completion]:
-        """One answer per prompt, in order; `samples` are the numbers of the answers, 0 by default.
+        """One answer per prompt, in order; `samples` are the numbers of the answers, 0 by default; with a `name`,
+        progress is shown under it.
 
         The same prompt and number has one answer, however often it is asked. Raises UserError where the teacher takes
         nothing more; what it answered before that is kept.
@@ -228,7 +230,8 @@ class Teacher:
         missing = {key: q for key, q in zip(keys, questions, strict=True) if key not in self.cache.answers}
         if missing:
             named = {id(question): key for key, question in missing.items()}
-            with progress(name, len(missing), "answers") as advance:
+            shown = progress(name, len(missing), "answers") if name else contextlib.nullcontext(lambda _: None)
+            with shown as advance:
 
                 def keep(question: Question, answer: Completion) -> None:
                     self._record(named[id(question)], answer)

@@ -48,16 +48,15 @@ def answer(asked: dict[str, Any]) -> str | tuple[str, str]:
     if "ラベル: " in prompt:
         low = "ラベル: 低い\n入力: 来月でよい\n"
         return f"ラベル: 高い\n入力: 至急の対応です\n{low}{low}ラベル: 中\n入力:"
-    return rng.choice(
-        [
-            "例1\n入力: 売上は10です\n出力: 10\n例2\n入力: なし\n出力: なし、です。",
-            "出力: 一つずつ答えます。",
-            "例1\n入力: あ\n出力: あ\n例2\n入力: い\n出力:\n例3\n入力: う\n出力: 次の通り:\n例4\n入力: え\n出力: お",
-            "例1\n入力: 同じ\n出力: 一\n例2\n入力: 同じ\n出力: 二",
-            ("例1\n入力: 長い\n出力: 答え\n例2\n入力: 切れ\n出力: 途中", "length"),
-            "例1\n入力: 件名: 納期\n出力: 短く",
-        ]
-    )
+    answers: list[str | tuple[str, str]] = [
+        "例1\n入力: 売上は10です\n出力: 10\n例2\n入力: なし\n出力: なし、です。",
+        "出力: 一つずつ答えます。",
+        "例1\n入力: あ\n出力: あ\n例2\n入力: い\n出力:\n例3\n入力: う\n出力: 次の通り:\n例4\n入力: え\n出力: お",
+        "例1\n入力: 同じ\n出力: 一\n例2\n入力: 同じ\n出力: 二",
+        ("例1\n入力: 長い\n出力: 答え\n例2\n入力: 切れ\n出力: 途中", "length"),
+        "例1\n入力: 件名: 納期\n出力: 短く",
+    ]
+    return rng.choice(answers)
 
 
 def flags(url: str, out: Path, **more: Any) -> list[str]:
@@ -120,7 +119,7 @@ def test_what_comes_out_is_data_for_sft(whole: Path) -> None:
     tasks = {task["id"]: task for task in lines(whole / "tasks.jsonl")}
     machine = [row for row in made if row["task"] in tasks]
     assert machine and len(made) > len(machine) + 200  # and the seeds
-    formats = Counter()
+    formats: Counter[str] = Counter()
     for row in machine:
         task = tasks[row["task"]]
         question, reply = (message["content"] for message in row["messages"])
