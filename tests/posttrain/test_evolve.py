@@ -152,8 +152,8 @@ def test_seed_tasks_are_taken_too(go: Callable[..., int], tmp_path: Path) -> Non
     data.write_text('{"text": "x"}\n')
     with pytest.raises(console.UserError, match=r"tasks\.jsonl:1: "):
         go("http://127.0.0.1:1", tmp_path / "out", data=data)
+    data.write_text(json.dumps(SEEDS[0]))
     with pytest.raises(console.UserError, match="give one file"):
-        data.write_text(json.dumps(SEEDS[0]))
         go("http://127.0.0.1:1", tmp_path / "out", data=tmp_path / "task*.jsonl")
     with pytest.raises(console.UserError, match="--rounds 0"):
         go("http://127.0.0.1:1", tmp_path / "out", rounds=0)
