@@ -51,6 +51,7 @@ def install_template(tokenizer: Any, model: Any) -> bool:
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else end
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config._from_model_config = False  # else `generate` makes it anew from config.json's one EOS
     return missing
 
 
