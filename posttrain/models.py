@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ def load(path: Path, dtype: Any = None, base: str | None = None) -> tuple[Any, A
     if (path / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(path)
     try:
-        tuned = PeftModel.from_pretrained(model, str(path), use_safetensors=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks for a property that transformers renamed
+            tuned = PeftModel.from_pretrained(model, str(path), use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise console.UserError(f"{path} does not fit on {lower}: {sources.first_line(error)}") from None
     return tuned.eval(), tokenizer
