@@ -2,17 +2,26 @@
 
     pretrain   a model from scratch on the token shards of `python -m data build`
     continue   any Hugging Face model on more such shards, with general text replayed
+    sft        a base model to one that follows instructions: chat rows, all weights or LoRA
+    reward     a model that scores answers, from preferences
+    dpo        preferences learned directly: DPO, IPO, KTO
+    grpo       reinforcement learning from rewards by rule, model or both: GRPO, RLOO
+    ppo        the same with a value model: PPO
+    distill    a teacher's answers, or its probabilities on the student's own, into a small model
     sample     look at what came out: `python train.py sample CHECKPOINT --prompt TEXT`
     chat       talk to what came out: `python train.py chat CHECKPOINT`
 
 --dry_run checks the flags and the inputs of a training stage, prints the configuration as JSON and trains nothing.
 """
 
+import importlib
+import os
 import sys
 
 import console
 
-STAGES = ("pretrain", "continue", "sample", "chat")
+TUNING = ("sft", "reward", "dpo", "grpo", "ppo", "distill")
+STAGES = ("pretrain", "continue", *TUNING, "sample", "chat")
 
 
 def main() -> int | None:
@@ -39,6 +48,12 @@ def main() -> int | None:
         from posttrain import converse
 
         return converse.main(argv)
+    if stage in TUNING:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        # Every one is a module of the room with its own main(argv, dry_run).
+        return importlib.import_module(f"posttrain.{stage}").main(argv, dry_run)
     raise console.UserError(f"unknown stage {stage!r}: choose {' or '.join(STAGES)}")
 
 
