@@ -13,6 +13,7 @@ import pytest
 from console import UserError
 from data import build, tokenizer
 from posttrain import chat
+from posttrain.rows import HEADINGS
 
 SYSTEM = {"role": "system", "content": "簡潔に答える。"}
 TURNS = [
@@ -76,7 +77,8 @@ def byte_level() -> Callable[[], Any]:
 
 def trained_text(made: Any, messages: list[dict[str, str]]) -> list[str]:
     """The runs of tokens that are trained on, decoded."""
-    row, runs, open_run = chat.encode(made, messages), [], False
+    runs: list[list[int]] = []
+    row, open_run = chat.encode(made, messages), False
     for i, mine in zip(row["input_ids"], row["assistant_masks"], strict=True):
         if mine:
             runs = [*runs[:-1], [*runs[-1], i]] if open_run else [*runs, [i]]
@@ -93,7 +95,7 @@ def test_our_template_token_by_token(ours: Any) -> None:
 
     parts = [([ours.bos_token_id], 0)]
     for message in messages:
-        parts.append((ids(f"【{chat.HEADINGS[message['role']]}】\n"), 0))
+        parts.append((ids(f"【{HEADINGS[message['role']]}】\n"), 0))
         answer = message["role"] == "assistant"
         parts.append((ids(message["content"]), int(answer)))
         parts.append(([ours.eos_token_id], 1) if answer else (ids("\n"), 0))
@@ -351,12 +353,18 @@ def test_trl_trains_on_the_same_tokens(ours: Any, tmp_path: Path) -> None:
     import torch
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     torch.set_num_threads(1)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     tiny = LlamaForCausalLM(LlamaConfig(vocab_size=len(ours), num_key_value_heads=2, **shape))
-    cpu = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"}
+    cpu: dict[str, Any] = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"}
     args = SFTConfig(str(tmp_path), assistant_only_loss=True, max_length=512, per_device_train_batch_size=2, **cpu)
     rows = [{"messages": TURNS}, {"messages": [SYSTEM, *TURNS[:2]]}]
     trainer = SFTTrainer(model=tiny, args=args, train_dataset=Dataset.from_list(rows), processing_class=ours)

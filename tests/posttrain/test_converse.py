@@ -86,9 +86,12 @@ def test_ctrl_c_stops_an_answer(talk: Talker, monkeypatch: pytest.MonkeyPatch) -
     turns: list[dict[str, Any]] = []
     monkeypatch.setattr(converse, "streamer", lambda _: Interrupter())
     reset = converse.Talk.reset
-    monkeypatch.setattr(
-        converse.Talk, "reset", lambda self, system: (setattr(self, "turns", turns), reset(self, system))
-    )
+
+    def noted(self: converse.Talk, system: str) -> None:
+        self.turns = turns
+        reset(self, system)
+
+    monkeypatch.setattr(converse.Talk, "reset", noted)
     before = signal.getsignal(signal.SIGINT)
     code, _, _ = talk("納期は?\n金額は?\n", "--max_new_tokens=20", "--temperature=2")
     assert code == 0 and signal.getsignal(signal.SIGINT) is before

@@ -34,19 +34,20 @@ def adapter(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("run")
     model, tokenizer = models.load(models.find(str(llama.folder)))
     assert chat.install_template(tokenizer, model)
-    cpu = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"}
+    cpu: dict[str, Any] = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"}
     args = SFTConfig(
         str(folder), assistant_only_loss=True, max_length=64, max_steps=4, learning_rate=0.01, save_strategy="no", **cpu
     )
     rows = Dataset.from_list([{"messages": [ASK, {"role": "assistant", "content": f"{n}日"}]} for n in range(1, 9)])
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    trainer: Any = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     trainer.train()
     trainer.model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -125,7 +126,7 @@ def test_what_stops_an_export(run: Exporter, adapter: Path, llama: Any, tmp_path
         run(adapter, tmp_path / "out", f"--llama_cpp={tmp_path}")
     model, _ = models.load(llama.checkpoint)
     untrained = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    untrained.save_pretrained(tmp_path / "untrained")
+    untrained.save_pretrained(str(tmp_path / "untrained"))
     with pytest.raises(console.UserError, match="does not change its base"):
         run(tmp_path / "untrained", tmp_path / "out")
     other = json.loads((tmp_path / "untrained" / models.ADAPTER).read_text())
