@@ -128,7 +128,7 @@ def read_instructions(text: str, chat: bool) -> list[str]:
     teacher continues a text, and chatter where it chats."""
     parts = NUMBER.split(text)
     if chat and len(parts) == 1:
-        parts = ["", *text.split("\n")]
+        parts = ["", *filter(str.strip, text.split("\n"))]
     return [" ".join(part.split()).strip("*").strip() for part in parts[1 if chat else 0 :]]
 
 

