@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import console
-from data import inquiries
+from data import inquiries, lexicon
 
-RECORD = {  # field of the JSON record: fact of the corpus
+FULL = {  # field of the full record: fact of the corpus
     "受付番号": "inquiry_no",
     "会社": "company",
     "担当者": "person",
@@ -25,12 +25,15 @@ RECORD = {  # field of the JSON record: fact of the corpus
     "区分": "category",
     "緊急度": "urgency",
 }
+ITEMS = {"d": "機器", "s": "ソフト", "g": "物品"}  # class of a product, as triage names it
+GROUPS = {product[0]: ITEMS[product[1]] for product in lexicon.PRODUCTS}
 ASK = {
     "json": "次の問い合わせをJSONの記録にしてください。",
     "summary": "次の問い合わせを3行に要約してください。",
 }
+SHORTEST = 400  # characters that a twentieth of the enquiries stays within
 SPLITS = ("train", "val", "test")
-FACTS_IN_TEXT = ("inquiry_no", "company", "person", "product", "category", "urgency", "request")
+FACTS_IN_TEXT = (*FULL.values(), "request", "reply_to")
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,36 @@ class OfficeConfig:
     """validation items: settings are chosen on these"""
     test: int = 256
     """test items: no setting is chosen on these"""
+    record: Literal["triage", "full"] = "full"
+    """full: numbers and names as they stand in the enquiry; triage: what it is about, in closed sets of words, which
+    models too small to copy can learn"""
     form: Literal["json", "summary", "both"] = "both"
     """what an enquiry becomes; both: the two in turn"""
+    max_chars: int = 0
+    """longest enquiry in characters; 0: any"""
     seed: int = 1
     """generator seed of the enquiries; the corpus of the quickstart has 0"""
     json: bool = False
     """print one JSON object"""
 
 
-def answer_of(facts: dict[str, Any], form: str) -> str:
+def answer_of(facts: dict[str, Any], record: str, form: str) -> str:
     """The right answer to an enquiry with these facts."""
-    told = {name: unicodedata.normalize("NFKC", str(facts[fact])) for name, fact in RECORD.items()}
+    told = {name: unicodedata.normalize("NFKC", str(facts[fact])) for name, fact in FULL.items()}
+    if record == "triage":
+        noun = max((noun for noun in GROUPS if noun in str(facts["product"])), key=len)
+        told = {
+            "区分": told["区分"],
+            "緊急度": told["緊急度"],
+            "品目": GROUPS[noun],
+            "連絡": "メール" if "@" in str(facts["reply_to"]) else "電話",
+            "期限": "あり" if "deadline" in facts else "なし",
+        }
     if form == "json":
         return json.dumps(told, ensure_ascii=False, separators=(",", ":"))
+    if record == "triage":
+        handling = f"緊急度{told['緊急度']}、{told['連絡']}、期限{told['期限']}"
+        return f"用件: {told['区分']}\n対象: {told['品目']}\n対応: {handling}"
     request = unicodedata.normalize("NFKC", str(facts["request"]))
     return f"用件: {told['区分']}、{request}\n相手: {told['会社']} {told['担当者']}\n対象: {told['製品']}"
 
@@ -68,24 +88,27 @@ def split_of(company: str) -> str:
     return {8: "val", 9: "test"}.get(digit, "train")
 
 
-def items(wanted: dict[str, int], form: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def items(wanted: dict[str, int], c: OfficeConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """(split, {"prompt", "reference", "form", "id"}) until each split has as many as are wanted."""
     left = dict(wanted)
-    forms = ("json", "summary") if form == "both" else (form,)
-    for document in inquiries.documents(1 << 40, seed):
+    forms = ("json", "summary") if c.form == "both" else (c.form,)
+    for document in inquiries.documents(1 << 40, c.seed):
         if not any(left.values()):
             return
         facts = document.facts
         if document.kind != "問い合わせ" or any(fact not in facts for fact in FACTS_IN_TEXT):
+            continue
+        text = unicodedata.normalize("NFKC", document.text)
+        if c.max_chars and len(text) > c.max_chars:
             continue
         split = split_of(str(facts["company"]))
         if not left[split]:
             continue
         shape = forms[left[split] % len(forms)]
         left[split] -= 1
-        asked = f"{ASK[shape]}\n{unicodedata.normalize('NFKC', document.text)}"
-        prompt = [{"role": "user", "content": asked}]
-        yield split, {"prompt": prompt, "reference": answer_of(facts, shape), "form": shape, "id": document.id}
+        prompt = [{"role": "user", "content": f"{ASK[shape]}\n{text}"}]
+        reference = answer_of(facts, c.record, shape)
+        yield split, {"prompt": prompt, "reference": reference, "form": shape, "id": document.id}
 
 
 def main(argv: list[str]) -> int:
@@ -94,8 +117,10 @@ def main(argv: list[str]) -> int:
     for name in SPLITS:
         if getattr(c, name) < 1:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be at least 1")
+    if 0 < c.max_chars < SHORTEST or c.max_chars < 0:
+        raise console.UserError(f"--max_chars {c.max_chars}: hardly an enquiry is so short: 0, or {SHORTEST} and more")
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
-    for split, row in items({name: getattr(c, name) for name in SPLITS}, c.form, c.seed):
+    for split, row in items({name: getattr(c, name) for name in SPLITS}, c):
         rows[split].append(row)
     taught = [
         {"messages": [*row["prompt"], {"role": "assistant", "content": row["reference"]}], "form": row["form"]}

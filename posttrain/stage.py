@@ -1,4 +1,4 @@
-"""What every post-training stage shares: one run's folder, W&B record, guard and clock, and TRL's trainers tied to them.
+"""What every post-training stage shares: one run's folder, W&B record, guard and clock, and TRL's trainers on them.
 
 A run lives in OUT/[SWEEP/]RECIPE-sSEED. The same command finds it again: a killed run goes on from its last checkpoint,
 a finished one says so. model/ is what came out, best/ the weights of the best evaluation.
@@ -93,8 +93,8 @@ class Common:
     """scale of the adapters; 0: twice the rank"""
 
     on_verdict: Literal["stop", "rollback", "ignore"] = "stop"
-    """when the guard says that the run is lost. stop: it ends as diverged; rollback: it ends with the weights of its best
-    evaluation as its model; ignore: it goes on, and the verdict is recorded"""
+    """when the guard says that the run is lost. stop: it ends as diverged; rollback: it ends with the weights of its
+    best evaluation as its model; ignore: it goes on, and the verdict is recorded"""
     judge: str = "exact_match"
     """score of the held-out task that the guard and the best checkpoint go by: exact_match, field_accuracy or valid"""
     watch_every: int = 20
@@ -176,6 +176,11 @@ def check(c: Any) -> None:
         raise console.UserError("--device cuda: torch sees no GPU here; use --device cpu or auto")
     if c.on_verdict == "rollback" and not (c.watch_data and c.watch_every):
         raise console.UserError("--on_verdict rollback: needs --watch_data, by which the best checkpoint is chosen")
+
+
+def digest(facts: Any) -> str:
+    """hex16 of anything that is JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_fingerprint(source: str | None) -> str | None:
@@ -356,8 +361,7 @@ class Run:
         if self.test:
             asked = {"model": fingerprint, "data": file_fingerprint(self.test.source), "samples": c.samples}
             asked |= {"items": len(self.test.prompts), "max_new_tokens": c.max_new_tokens, "device": c.device}
-            key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-            known = Path(c.out) / ".scores" / f"{key}.json"
+            known = Path(c.out) / ".scores" / f"{digest(asked)}.json"
             if known.is_file():
                 told, rows = json.loads(known.read_bytes())
             else:
@@ -481,7 +485,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Weights, or the adapter alone, with the tokenizer and its chat template; in place of what was there, at once."""
     part = folder.with_name(f".{folder.name}.part")
     model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    models.save_tokenizer(tokenizer, part)
     old = folder.with_name(f".{folder.name}.old")
     if folder.is_dir():
         folder.replace(old)
@@ -566,7 +570,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.run, self.tokenizer = run, tokenizer
         self.trainer: Any = None
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(self, _args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         row = trl_names.translate(logs or {}, self.run.stage)
         row = {key: value for key, value in row.items() if not key.startswith(("train_", "total_", "epoch", "step_"))}
         self.run.step = state.global_step
@@ -575,7 +579,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.run.log(row)
         self.heed(control)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_step_end(self, _args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         run, c = self.run, self.run.c
         run.step = state.global_step
         if c.watch_every and run.step % c.watch_every == 0:
@@ -584,7 +588,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
         self.heed(control)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
         self.run.save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def heed(self, control: Any) -> None:
