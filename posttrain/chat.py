@@ -17,6 +17,7 @@ content, so it holds in every program that renders it. The prompt's ids are the 
 import functools
 import itertools
 import json
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,17 @@ def install_template(tokenizer: Any, model: Any) -> bool:
         # The template writes "</s>" where it means the token, so the tokenizer has to read it as one.
         tokenizer.split_special_tokens = False
         tokenizer.chat_template = gemma_template(tokenizer) or write_template(tokenizer)
+        # What an answer is, for servers: transformers' would else read ours as Qwen3's where that is the architecture.
+        ask = [{"role": "user", "content": "a"}]
+        asked, opened = (
+            tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=prompt) for prompt in (False, True)
+        )
+        close = re.escape(tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))) + r"\s*|$"
+        tokenizer.response_template = {
+            "defaults": {"role": "assistant"},
+            "start_anchor": opened.removeprefix(asked),
+            "fields": {"content": {"close_pattern": close, "content": "text"}},
+        }
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     end = end_of_turn(tokenizer)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,11 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **how)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise console.UserError(f"{path}: its tokenizer cannot be loaded: {sources.first_line(error)}") from None
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Into `folder`, with tokenizer.model where it was loaded with one: llama.cpp reads that, transformers drops it."""
+    tokenizer.save_pretrained(folder)
+    model = Path(tokenizer.name_or_path) / "tokenizer.model"
+    if model.is_file() and not (folder / model.name).exists():
+        shutil.copyfile(model, folder / model.name)

@@ -147,6 +147,10 @@ def test_saved_and_loaded_it_is_the_same(ours: Any, tmp_path: Path) -> None:
     assert chat.encode_prompt(again, messages) == chat.encode_prompt(ours, messages)
     assert not chat.install_template(again, model()), "what is there stays"
     assert again.chat_template == ours.chat_template
+    row = chat.encode(again, TURNS)
+    prompt = chat.encode_prompt(again, TURNS[:3])
+    said = again.parse_response(row["input_ids"][len(prompt) :], again.response_template, prefix=again.decode(prompt))
+    assert said == {**TURNS[3], "content": TURNS[3]["content"].strip()}, "servers find the answer"
 
 
 def test_install_sets_what_ends_generation(plain: Path, byte_level: Callable[[], Any]) -> None:

@@ -50,7 +50,7 @@ def adapter(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer: Any = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     trainer.train()
     trainer.model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    models.save_tokenizer(tokenizer, folder / "model")
     told = {"name": "```</script><b>", "status": "ok", "seed": 3, "api_key": "sk-secret", "lineage": {"data": "ab" * 8}}
     (folder / "result.json").write_text(json.dumps(told))
     return folder
@@ -90,8 +90,11 @@ def test_an_adapter_is_merged(run: Exporter, adapter: Path, llama: Any, tmp_path
     assert 0 < result["cast_difference"] < 1 and result["reload_difference"] == 0 and result["dtype"] == "bfloat16"
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
+    told = json.loads((out / "tokenizer_config.json").read_text())["response_template"]
+    assert told["start_anchor"] == "【応答】\n", "so that servers do not take it for Qwen3's or Llama's"
     assert (out / "chat_template.jinja").is_file() and not list(out.glob("adapter*"))
     assert (out / "tokenizer.model").read_bytes() == (llama.checkpoint / "tokenizer.model").read_bytes()
+    assert (adapter / "model" / "tokenizer.model").is_file(), "transformers alone would have left it behind"
     # The folder speaks as the adapter did: same prompts, nearly the same logits.
     tuned, tokenizer = models.load(models.find(str(adapter)))
     merged, again = models.load(out)
