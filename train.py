@@ -8,6 +8,7 @@
     grpo       reinforcement learning from rewards by rule, model or both: GRPO, RLOO
     ppo        the same with a value model: PPO
     distill    a teacher's answers, or its probabilities on the student's own, into a small model
+    office     the office task end to end: SFT, DPO, GRPO and their controls from one base
     sample     look at what came out: `python train.py sample CHECKPOINT --prompt TEXT`
     chat       talk to what came out: `python train.py chat CHECKPOINT`
 
@@ -21,7 +22,7 @@ import sys
 import console
 
 TUNING = ("sft", "reward", "dpo", "grpo", "ppo", "distill")
-STAGES = ("pretrain", "continue", *TUNING, "sample", "chat")
+STAGES = ("pretrain", "continue", *TUNING, "office", "sample", "chat")
 
 
 def main() -> int | None:
@@ -48,6 +49,10 @@ def main() -> int | None:
         from posttrain import converse
 
         return converse.main(argv)
+    if stage == "office":
+        from posttrain import chain
+
+        return chain.main(argv, dry_run)
     if stage in TUNING:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
         os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"

@@ -57,6 +57,40 @@ def generate(
     return answers
 
 
+@torch.no_grad()
+def sampled_kl(
+    model: Any, reference: Any, tokenizer: Any, prompts: Sequence[list[Message]], max_new_tokens: int, seed: int = 0
+) -> float:
+    """KL of the model from `reference` in nats per token, on one answer sampled from the model to each prompt.
+
+    The mean of log p - log p_ref over the answers' tokens; `reference` None: the model without its adapter.
+    """
+    said = generate(model, tokenizer, prompts, max_new_tokens, 1.0, seed)
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    nats, count = 0.0, 0
+    for prompt, answer in zip(prompts, said, strict=True):
+        if not answer.strip():
+            continue
+        row = chat.encode(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+        ids = torch.tensor([row["input_ids"]], device=device)
+        mine = torch.tensor(row["assistant_masks"][1:], device=device).bool()
+
+        def log_probs(other: Any, ids: torch.Tensor = ids, mine: torch.Tensor = mine) -> torch.Tensor:
+            logits = other(input_ids=ids).logits[0, :-1][mine].float()
+            return logits.log_softmax(-1).gather(-1, ids[0, 1:][mine][:, None])
+
+        own = log_probs(model)
+        if reference is None:
+            with model.disable_adapter():
+                other = log_probs(model)
+        else:
+            other = log_probs(reference)
+        nats, count = nats + float((own - other).sum()), count + int(mine.sum())
+    model.train(training)
+    return nats / max(1, count)
+
+
 def measure(
     model: Any,
     tokenizer: Any,

@@ -36,6 +36,8 @@ class DpoConfig(stage.Common):
     """dpo: share of preferences taken to be wrong (cDPO, Mitchell 2023)"""
     lr: float = 1e-6
     """peak learning rate"""
+    prompts: int = 0
+    """rows with a reference: how many of them, the first, to make pairs of; 0: all"""
     pair_samples: int = 6
     """rows with a reference: answers that the start model gives to each prompt, of which the best and the worst are a
     pair"""
@@ -100,10 +102,11 @@ def own_pairs(c: Any, rows: Dataset, model: Any, tokenizer: Any, fingerprint: st
 
     Better: exact, then more fields right, then valid. Kept in OUT/.pairs, since the answers are what takes time.
     """
-    asked = [fingerprint, stage.file_fingerprint(c.data), c.pair_samples, c.pair_temperature, c.sample_seed]
+    asked = [fingerprint, stage.file_fingerprint(c.data), c.pair_samples, c.pair_temperature, c.sample_seed, c.prompts]
     place = Path(c.out) / ".pairs" / f"{stage.digest([*asked, c.max_new_tokens])}.jsonl"
     if not place.is_file():
-        prompts, references = list(rows["prompt"]), list(rows["reference"])
+        some = rows.select(range(min(c.prompts or len(rows), len(rows))))
+        prompts, references = list(some["prompt"]), list(some["reference"])
         print(f"samples {c.pair_samples} answers to each of {len(prompts)} prompts", file=sys.stderr, flush=True)
         drawn = [
             answers.generate(model, tokenizer, prompts, c.max_new_tokens, c.pair_temperature, c.sample_seed * 1000 + k)

@@ -111,14 +111,8 @@ def items(wanted: dict[str, int], c: OfficeConfig) -> Iterator[tuple[str, dict[s
         yield split, {"prompt": prompt, "reference": reference, "form": shape, "id": document.id}
 
 
-def main(argv: list[str]) -> int:
-    """Write DIR/sft.jsonl and DIR/train.jsonl, val.jsonl, test.jsonl; says how many items each has."""
-    c = console.parse(OfficeConfig, argv, "python -m posttrain.office")
-    for name in SPLITS:
-        if getattr(c, name) < 1:
-            raise console.UserError(f"--{name} {getattr(c, name)}: must be at least 1")
-    if 0 < c.max_chars < SHORTEST or c.max_chars < 0:
-        raise console.UserError(f"--max_chars {c.max_chars}: hardly an enquiry is so short: 0, or {SHORTEST} and more")
+def write(c: OfficeConfig) -> dict[str, int]:
+    """Write DIR/sft.jsonl and DIR/train.jsonl, val.jsonl, test.jsonl; returns how many items each split has."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
     for split, row in items({name: getattr(c, name) for name in SPLITS}, c):
         rows[split].append(row)
@@ -130,7 +124,18 @@ def main(argv: list[str]) -> int:
     for name, some in {"sft": taught, **rows}.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
         console.write_atomic(c.out / f"{name}.jsonl", text.encode())
-    console.print_result({**{name: len(rows[name]) for name in SPLITS}, "folder": str(c.out)}, as_json=c.json)
+    return {name: len(rows[name]) for name in SPLITS}
+
+
+def main(argv: list[str]) -> int:
+    """Parse, check and write."""
+    c = console.parse(OfficeConfig, argv, "python -m posttrain.office")
+    for name in SPLITS:
+        if getattr(c, name) < 1:
+            raise console.UserError(f"--{name} {getattr(c, name)}: must be at least 1")
+    if 0 < c.max_chars < SHORTEST or c.max_chars < 0:
+        raise console.UserError(f"--max_chars {c.max_chars}: hardly an enquiry is so short: 0, or {SHORTEST} and more")
+    console.print_result({**write(c), "folder": str(c.out)}, as_json=c.json)
     return 0
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, TextIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 import console
 import tracking
@@ -37,6 +37,7 @@ from pretrain.pull import EXIT_CODE, home
 SAY_SECONDS = 5.0  # between lines of progress
 SAMPLES_SHOWN = 16  # rows of the table of answers
 BPB_WINDOW = 256  # tokens
+KL_PROMPTS = 16
 TEST_SEED = 7  # of the answers sampled to measure a model: the same for every run, so that a model is measured once
 
 
@@ -241,6 +242,8 @@ class Run:
     test: HeldOut | None = None
 
     tracker: Any = None
+    reference: Any = None
+    """dpo, kto: the start model beside the one that is trained; None where that is this one without its adapter"""
     lock: TextIO | None = None
     step: int = 0
     seconds: float = 0.0
@@ -349,7 +352,13 @@ class Run:
             return
         w = self.watch
         told, _ = answers.measure(model, tokenizer, w.prompts, w.references, self.c.max_new_tokens)
-        self.log({f"watch/{name}": value for name, value in told.items()})
+        row = {f"watch/{name}": value for name, value in told.items()}
+        if self.stage in ("dpo", "kto") and self.step:
+            # TRL's trainers of preferences do not say how far what the model writes has moved.
+            some = w.prompts[:KL_PROMPTS]
+            reference = self.reference
+            row["policy/kl"] = answers.sampled_kl(model, reference, tokenizer, some, self.c.max_new_tokens, self.step)
+        self.log(row)
         if self.guard.best_step == self.step:
             save_model(model, tokenizer, self.folder / "best")
 
@@ -568,7 +577,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, run: Run, tokenizer: Any) -> None:
         self.run, self.tokenizer = run, tokenizer
-        self.trainer: Any = None
 
     def on_log(self, _args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         row = trl_names.translate(logs or {}, self.run.stage)
@@ -607,7 +615,8 @@ def train(run: Run, make_trainer: Callable[[Watch], Any], model: Any, tokenizer:
         if run.watch:
             run.look(model, tokenizer)
     trainer = make_trainer(watch)
-    watch.trainer = trainer
+    run.reference = getattr(trainer, "ref_model", None)
+    trainer.remove_callback(PrinterCallback)  # stdout is for the result
 
     def on_signal(number: int, _: Any) -> None:
         run.stop_signals.append(number)
