@@ -61,10 +61,7 @@ def main(argv: list[str], dry_run: bool = False) -> int:
     if told:
         print(f"{c.data}: dropped by length {json.dumps(told)} of {len(rows) + sum(told.values())}", file=sys.stderr)
     if c.random_weights:
-        torch.manual_seed(c.init_seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(c.init_seed)
-            model = type(model)(model.config).eval()
+        model = new_weights(model, c.init_seed)
         chat.install_template(tokenizer, model)
     data = tokenized(rows, tokenizer)
     if c.packing:
@@ -75,24 +72,35 @@ def main(argv: list[str], dry_run: bool = False) -> int:
         return run.code
     run.tracker.summary({f"data/dropped_{reason}": count for reason, count in told.items()} | {"data/rows": len(rows)})
 
-    def make(watch: stage.Watch) -> SFTTrainer:
-        settings = TrlConfig(
-            **stage.trainer_arguments(run),
-            max_length=c.max_length,
-            packing=c.packing,
-            packing_strategy="bfd",
-            dataset_kwargs={"skip_prepare_dataset": not c.packing},
-        )
-        return SFTTrainer(
-            model=model,
-            args=settings,
-            train_dataset=data,
-            processing_class=tokenizer,
-            peft_config=stage.lora(c),
-            callbacks=[watch],
-        )
+    return stage.train(run, lambda watch: trainer(run, model, tokenizer, data, watch, c.packing), model, tokenizer)
 
-    return stage.train(run, make, model, tokenizer)
+
+def new_weights(model: Any, seed: int) -> Any:
+    """A model of the same shape with weights drawn from `seed`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return type(model)(model.config).eval()
+
+
+def trainer(
+    run: stage.Run, model: Any, tokenizer: Any, data: Dataset, watch: stage.Watch, packing: bool = False
+) -> SFTTrainer:
+    """TRL's trainer on rows of `tokenized`."""
+    settings = TrlConfig(
+        **stage.trainer_arguments(run),
+        max_length=run.c.max_length,
+        packing=packing,
+        packing_strategy="bfd",
+        dataset_kwargs={"skip_prepare_dataset": not packing},
+    )
+    return SFTTrainer(
+        model=model,
+        args=settings,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=stage.lora(run.c),
+        callbacks=[watch],
+    )
 
 
 def tokenized(rows: Dataset, tokenizer: Any) -> Dataset:
