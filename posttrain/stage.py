@@ -276,6 +276,11 @@ class Run:
             raise console.UserError(
                 f"{self.folder} is being trained by another process: wait for it, or change --out"
             ) from None
+        known = self.folder / "lineage.json"
+        # The start model is not in the folder's name, so that a recipe's seeds may each have their own.
+        if known.is_file() and json.loads(known.read_bytes())["model"] != self.lineage["model"]:
+            raise console.UserError(f"{self.folder} began from another --model: change --out, or remove it")
+        console.write_atomic(known, json.dumps(self.lineage).encode())
         if (self.folder / "result.json").is_file():
             self.result = json.loads((self.folder / "result.json").read_bytes())
             print(f"{self.folder} is already {self.result['status']}: remove it to train again", file=sys.stderr)
