@@ -4,6 +4,7 @@ A run lives in OUT/[SWEEP/]RECIPE-sSEED. The same command finds it again: a kill
 a finished one says so. model/ is what came out, best/ the weights of the best evaluation.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -13,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -612,6 +613,18 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 def train(run: Run, make_trainer: Callable[[Watch], Any], model: Any, tokenizer: Any) -> int:
     """Measure, train with the trainer that `make_trainer` builds, measure again. Returns the exit code."""
     watch = Watch(run, tokenizer)
+    begin(run, model, tokenizer)
+    trainer = make_trainer(watch)
+    run.reference = getattr(trainer, "ref_model", None)
+    trainer.remove_callback(PrinterCallback)  # stdout is for the result
+    with heeded_signals(run):
+        point = run.checkpoint
+        trainer.train(resume_from_checkpoint=str(point) if point else None)
+        return run.close(trainer.model, tokenizer)
+
+
+def begin(run: Run, model: Any, tokenizer: Any) -> None:
+    """Put the model on its device; measure what a new run starts from."""
     model.to(run.c.device)
     if not run.before:
         run.before, _ = run.measure(model, tokenizer, run.lineage["model"])
@@ -619,18 +632,17 @@ def train(run: Run, make_trainer: Callable[[Watch], Any], model: Any, tokenizer:
             run.tracker.log({"step": 0, **run.before}, step=0)
         if run.watch:
             run.look(model, tokenizer)
-    trainer = make_trainer(watch)
-    run.reference = getattr(trainer, "ref_model", None)
-    trainer.remove_callback(PrinterCallback)  # stdout is for the result
 
-    def on_signal(number: int, _: Any) -> None:
-        run.stop_signals.append(number)
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+@contextlib.contextmanager
+def heeded_signals(run: Run) -> Iterator[None]:
+    """SIGTERM and SIGINT are noted in the run, which stops after the update that it is at."""
+    previous = {
+        number: signal.signal(number, lambda number, _: run.stop_signals.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
-        point = run.checkpoint
-        trainer.train(resume_from_checkpoint=str(point) if point else None)
-        return run.close(trainer.model, tokenizer)
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
