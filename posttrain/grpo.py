@@ -35,8 +35,8 @@ class GrpoConfig(stage.Common):
     """completions of a prompt"""
     lr: float = 1e-6
     """peak learning rate"""
-    schedule: Literal["linear", "cosine", "constant"] = "constant"
-    """learning rate after the warm-up: down to 0, or held"""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "constant"
+    """learning rate after the warm-up: down to 0, held, or held and down to 0 in the last three tenths"""
     beta: float = 0.02
     """weight of the KL from the start model in the objective; it is measured with 0 too"""
     clip: float = 0.2

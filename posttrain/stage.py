@@ -39,6 +39,13 @@ SAY_SECONDS = 5.0  # between lines of progress
 SAMPLES_SHOWN = 16  # rows of the table of answers
 BPB_WINDOW = 256  # tokens
 KL_PROMPTS = 16
+WSD_DECAY = 0.3  # share of the updates, as in pretraining
+SCHEDULES = {  # transformers' names
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant_with_warmup",
+    "wsd": "warmup_stable_decay",
+}
 TEST_SEED = 7  # of the answers sampled to measure a model: the same for every run, so that a model is measured once
 
 
@@ -79,8 +86,8 @@ class Common:
     """tokens of a row, prompt and answer; longer rows are dropped, counted and told"""
     lr: float = 2e-5
     """peak learning rate"""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """learning rate after the warm-up: down to 0, or held"""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """learning rate after the warm-up: down to 0, held, or held and down to 0 in the last three tenths"""
     warmup: float = 0.05
     """share of the updates with rising learning rate"""
     weight_decay: float = 0.0
@@ -547,7 +554,8 @@ def trainer_arguments(run: Run) -> dict[str, Any]:
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": max(1, c.batch_size // world // micro),
         "learning_rate": c.lr,
-        "lr_scheduler_type": {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[c.schedule],
+        "lr_scheduler_type": SCHEDULES[c.schedule],
+        "lr_scheduler_kwargs": {"num_decay_steps": round(WSD_DECAY * run.steps)} if c.schedule == "wsd" else {},
         "warmup_steps": round(c.warmup * run.steps),
         "weight_decay": c.weight_decay,
         "adam_beta2": c.beta2,
