@@ -126,8 +126,10 @@ def prove_apart(model: Any, data: Dataset, rows: int = 3) -> None:
         return
     positions = torch.cat([torch.arange(len(ids)) for ids in some])
     device = model.get_input_embeddings().weight.device
-    together = model(input_ids=torch.cat(some)[None].to(device), position_ids=positions[None].to(device)).logits[0]
-    alone = torch.cat([model(input_ids=ids[None].to(device)).logits[0] for ids in some])
+    # Without a cache, as in training: with one, transformers takes no sequence for a packed one.
+    packed = {"input_ids": torch.cat(some)[None].to(device), "position_ids": positions[None].to(device)}
+    together = model(**packed, use_cache=False).logits[0]
+    alone = torch.cat([model(input_ids=ids[None].to(device), use_cache=False).logits[0] for ids in some])
     worst = float((together - alone).abs().max())
     if worst > SAME * max(1.0, float(alone.abs().max())):
         raise console.UserError(
