@@ -158,8 +158,8 @@ def complete(c: Any) -> Any:
     )
 
 
-def check(c: Any) -> None:
-    """Raises UserError naming the flag that does not fit."""
+def check(c: Any, judges: tuple[str, ...] = ("exact_match", "field_accuracy", "valid")) -> None:
+    """Raises UserError naming the flag that does not fit. judges: scores of the stage's held-out rows."""
     for name in ("batch_size", "max_length", "max_new_tokens", "log_every", "checkpoint_every", "watch_items"):
         if getattr(c, name) < 1:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be at least 1")
@@ -177,8 +177,8 @@ def check(c: Any) -> None:
     for name in sorted(SEEDS):
         if getattr(c, name) is not None and not 0 <= getattr(c, name) < 2**32:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be from 0 to 2^32 - 1")
-    if c.judge not in ("exact_match", "field_accuracy", "valid"):
-        raise console.UserError(f"--judge {c.judge}: choose exact_match, field_accuracy or valid")
+    if c.judge not in judges:
+        raise console.UserError(f"--judge {c.judge}: choose {' or '.join(judges)}")
     if c.micro_batch_size and c.batch_size % c.micro_batch_size:
         raise console.UserError(f"--micro_batch_size {c.micro_batch_size} must divide --batch_size {c.batch_size}")
     if c.device == "cuda" and not torch.cuda.is_available():
@@ -363,17 +363,28 @@ class Run:
         """Measure the watched items, let the guard judge, and keep the weights if they are the best so far."""
         if self.watch is None:
             return
-        w = self.watch
-        told, _ = answers.measure(model, tokenizer, w.prompts, w.references, self.c.max_new_tokens)
+        told = self.scored(model, tokenizer, self.watch)
         row = {f"watch/{name}": value for name, value in told.items()}
         if self.stage in ("dpo", "kto") and self.step:
             # TRL's trainers of preferences do not say how far what the model writes has moved.
-            some = w.prompts[:KL_PROMPTS]
+            some = self.watch.prompts[:KL_PROMPTS]
             reference = self.reference
             row["policy/kl"] = answers.sampled_kl(model, reference, tokenizer, some, self.c.max_new_tokens, self.step)
         self.log(row)
         if self.guard.best_step == self.step:
-            save_model(model, tokenizer, self.folder / "best")
+            self.keep(model, tokenizer, self.folder / "best")
+
+    def scored(self, model: Any, tokenizer: Any, held: Any) -> dict[str, float]:
+        """The scores of a look, by their bare names."""
+        return answers.measure(model, tokenizer, held.prompts, held.references, self.c.max_new_tokens)[0]
+
+    def keep(self, model: Any, tokenizer: Any, folder: Path) -> None:
+        """Save the model as others are to open it."""
+        save_model(model, tokenizer, folder)
+
+    def reopen(self, folder: Path) -> tuple[Any, Any]:
+        """What `keep` saved."""
+        return models.load(folder)
 
     def measure(self, model: Any, tokenizer: Any, fingerprint: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Scores on the test items and bits per byte of the base's corpus. The same model is measured once."""
@@ -413,10 +424,10 @@ class Run:
             status = "diverged" if self.c.on_verdict == "stop" else "spiked"
         best = self.folder / "best"
         if lost and self.c.on_verdict == "rollback" and best.is_dir():
-            model, tokenizer = models.load(best)
+            model, tokenizer = self.reopen(best)
             model.to(self.c.device)
             self.say(f"goes back to its best weights, of step {self.guard.best_step}")
-        save_model(model, tokenizer, self.folder / "model")
+        self.keep(model, tokenizer, self.folder / "model")
         after, rows = self.measure(model, tokenizer, model_fingerprint(self.folder / "model"))
         kind = self.verdict.kind if self.verdict else None
         summary: dict[str, Any] = {
@@ -467,10 +478,13 @@ def open_run(
     start: Path,
     steps: int,
     extra: Mapping[str, Any] | None = None,
+    kind: type[Run] = Run,
+    read: Callable[[str | None, int], Any] = held_out,
 ) -> Run:
     """The run of `stage` with configuration `c`, its folder claimed and its W&B run open, or ended before (`result`).
 
-    extra: facts that make another recipe beside the configuration.
+    extra: facts that make another recipe beside the configuration. kind, read: of a stage whose held-out rows are not
+    prompts to be answered.
     """
     limits = Limits()
     fed = {f"{key}_fingerprint": file_fingerprint(getattr(c, key)) for key in ("data", "watch_data", "test_data")}
@@ -484,7 +498,7 @@ def open_run(
         "model_run": json.loads((parent / "result.json").read_bytes())["name"] if parent else None,
         "data": file_fingerprint(c.data),
     }
-    run = Run(
+    run = kind(
         stage,
         c,
         name,
@@ -494,8 +508,8 @@ def open_run(
         lineage,
         steps,
         start,
-        held_out(c.watch_data, c.watch_items) if c.watch_every else None,
-        held_out(c.test_data, c.test_items),
+        read(c.watch_data, c.watch_items) if c.watch_every else None,
+        read(c.test_data, c.test_items),
     )
     run.claim()
     if not run.result:
