@@ -146,7 +146,7 @@ class Guard:
             self.series[name].push(step, float(row[name]), early)  # a tensor's or numpy's number would not be JSON
         found: list[Verdict | None] = []
         if "train/loss" in heard and self.stage not in RL:
-            found.append(self._judge_loss(step))
+            found.append(self._judge_loss(step, row))
         if "policy/kl" in heard:
             found.append(self._judge_kl(step))
         if "dpo/logp_chosen" in heard and self.stage in PREFERENCES:
@@ -178,9 +178,15 @@ class Guard:
         return None
 
     # --- training signals ---------------------------------------------------------------------------------------------
-    def _judge_loss(self, step: int) -> Verdict | None:
-        """Far above its lowest level for long, and not on its way down?"""
+    def _judge_loss(self, step: int, row: Mapping[str, float]) -> Verdict | None:
+        """Far above its lowest level for long, and not on its way down? Or is there nothing left that could learn?"""
         one, limits = self.series["train/loss"], self.limits
+        # A learning rate that kills a model at once leaves a finite, level loss, which no loss before it is below.
+        still = row.get("stability/grad_norm", 1.0) == 0.0 and one.last[-1] > limits.zero_loss
+        if self._held("no_gradient", step, still, limits.hold_rows):
+            dead: Facts = {"loss": one.level, "grad_norm": 0.0}
+            self._open("loss_divergence", self.runs["no_gradient"][0], dead)
+            return self._verdict("loss_divergence", step, dead)
         forgiven = limits.loss_floor + limits.loss_share * max(0.0, one.first[0] - one.low) + limits.loss_sds * one.sd
         rows = min(max(3, math.ceil(limits.loss_hold_share * self.steps / one.spacing)), 30)
         facts: Facts = {"loss": one.level, "lowest": one.low, "forgiven": forgiven}

@@ -145,8 +145,9 @@ def test_a_guard_continues_from_its_state_as_if_nothing_had_happened(kind: str) 
 
 # --- one rule at a time -----------------------------------------------------------------------------------------------
 def sft(loss: list[float], norm: float | None = 1.0) -> list[tuple[int, Row]]:
-    norms = {} if norm is None else {"stability/grad_norm": norm}
-    return [(step, {"train/loss": value} | norms) for step, value in enumerate(loss)]
+    """Rows of these losses; `norm` is the gradient's where the loss is 0, and None leaves it out everywhere."""
+    norms = [{} if norm is None else {"stability/grad_norm": 1.0 if value else norm} for value in loss]
+    return [(step, {"train/loss": value, **norms[step]}) for step, value in enumerate(loss)]
 
 
 @pytest.mark.parametrize("name", ["train/loss", "val/loss", "stability/grad_norm", "policy/kl"])
@@ -169,6 +170,15 @@ def test_a_filtered_nan_is_seen_through() -> None:
     assert feed(Guard("sft", 100), sft([0.3, 0.1, 0.02, 0.001, 0.0, 0.0], norm=0.0)) is None
     assert feed(Guard("grpo", 100), sft([0.3, 0.2, -0.2, 0.0, 0.0, 0.0], norm=0.0)) is None
     assert feed(Guard("distill", 100), sft([0.0] * 20, norm=0.0)) is None
+
+
+def test_a_loss_that_is_level_without_a_gradient_is_lost_and_at_zero_it_is_learnt() -> None:
+    guard = Guard("sft", 60)
+    rows = [(5.8, 2.5), (7.3, 0.0), (7.3, 0.0), (7.3, 0.0)]
+    told = [guard.observe(n, {"train/loss": a, "stability/grad_norm": b}) for n, (a, b) in enumerate(rows, 1)]
+    assert told[:3] == [None] * 3 and told[3] and (told[3].kind, told[3].onset_step) == ("loss_divergence", 2)
+    learnt = Guard("sft", 60)
+    assert not any(learnt.observe(n, {"train/loss": 1e-6, "stability/grad_norm": 0.0}) for n in range(1, 60))
 
 
 def test_two_rows_of_high_kl_are_outliers_and_three_are_a_blowup() -> None:
