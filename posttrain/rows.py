@@ -143,7 +143,8 @@ def standard(record: dict[str, Any], kind: Kind | None = None) -> dict[str, Any]
     if "messages" in row and (kind or "messages") == "messages":
         row["messages"] = conversation(row["messages"], "messages", "assistant")
         return {key: value for key, value in row.items() if key not in ("prompt", "completion", "chosen", "rejected")}
-    row.pop("messages", None)
+    if row.pop("messages", None) and "prompt" not in row and "chosen" not in row:
+        raise ValueError(f"is a row of {SHAPES['messages']}, not of {SHAPES[kind or 'prompt']}")
     if ("chosen" in row) != ("rejected" in row):
         raise ValueError("chosen and rejected come in pairs; one is missing")
     if "chosen" in row:

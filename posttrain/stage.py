@@ -174,7 +174,7 @@ def check(c: Any, judges: tuple[str, ...] = ("exact_match", "field_accuracy", "v
     for name in (*counts, "test_items", "samples", "base_tokens", "price_per_hour"):
         if not 0 <= getattr(c, name) < math.inf:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be 0 or more")
-    for name in sorted(SEEDS):
+    for name in sorted(SEEDS, key=lambda name: name != "seed"):
         if getattr(c, name) is not None and not 0 <= getattr(c, name) < 2**32:
             raise console.UserError(f"--{name} {getattr(c, name)}: must be from 0 to 2^32 - 1")
     if c.judge not in judges:
@@ -292,7 +292,7 @@ class Run:
         if (self.folder / "result.json").is_file():
             self.result = json.loads((self.folder / "result.json").read_bytes())
             print(f"{self.folder} is already {self.result['status']}: remove it to train again", file=sys.stderr)
-            console.print_result(self.result, as_json=self.c.json)
+            console.print_result({k: v for k, v in self.result.items() if v is not None}, as_json=self.c.json)
 
     def open(self, tags: list[str]) -> None:
         """Start the W&B run, or go on with the killed one's."""
