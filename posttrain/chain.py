@@ -48,13 +48,13 @@ class OfficeChainConfig:
     """full or triage, as `python -m posttrain.office` has them"""
     max_chars: int = 460
     """longest enquiry in characters"""
-    rows: int = 2400
+    rows: int = 2000
     """taught rows"""
     val: int = 64
     """validation items"""
     test: int = 192
     """test items"""
-    sft_steps: int = 150
+    sft_steps: int = 240
     """updates of the full SFT"""
     half: float = 0.5
     """share of them that the half-trained model gets"""
@@ -72,7 +72,7 @@ class OfficeChainConfig:
     """peak learning rate of GRPO"""
     beta: float = 0.02
     """weight of KL in GRPO"""
-    batch_size: int = 16
+    batch_size: int = 8
     """rows of an update of SFT and DPO"""
     completions: int = 32
     """completions of an update of GRPO, eight a prompt"""
@@ -169,7 +169,13 @@ def command(c: OfficeChainConfig, name: str, base: str, results: dict[str, dict[
     if name in ("sft", "sft-full", "control"):
         steps = c.sft_steps if name != "sft" else max(1, round(c.half * c.sft_steps))
         flags |= {"model": base, "data": f"{c.data}/sft.jsonl", "lr": c.sft_lr, "batch_size": c.batch_size}
-        flags |= {"max_steps": steps, "beta2": 0.98, "watch_every": 25, "random_weights": name == "control"}
+        flags |= {
+            "max_steps": steps,
+            "beta2": 0.98,
+            "schedule": "wsd",
+            "watch_every": 40,
+            "random_weights": name == "control",
+        }
         return ["sft", *(f"--{key}={value}" for key, value in flags.items())]
     flags |= {"model": results["sft"]["model"], "data": f"{c.data}/train.jsonl"}
     if name == "dpo":

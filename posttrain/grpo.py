@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from datasets import Dataset
 from trl import GRPOConfig as TrlGrpoConfig
 from trl import GRPOTrainer, RLOOTrainer
 from trl import RLOOConfig as TrlRlooConfig
@@ -97,6 +99,7 @@ def main(argv: list[str], dry_run: bool = False) -> int:
             max_completion_length=c.max_new_tokens,
             temperature=c.temperature,
             top_k=0,
+            shuffle_dataset=False,  # `in_order` has
             beta=max(c.beta, NO_WEIGHT),
             epsilon=c.clip,
             reward_weights=[part.weight for part in parts],
@@ -106,10 +109,20 @@ def main(argv: list[str], dry_run: bool = False) -> int:
             model=model,
             reward_funcs=[part.for_trl() for part in parts],
             args=settings,
-            train_dataset=data,
+            train_dataset=in_order(data, steps * prompts, c.data_seed),
             processing_class=tokenizer,
             peft_config=stage.lora(c),
             callbacks=[watch],
         )
 
     return stage.train(run, make, model, tokenizer)
+
+
+def in_order(rows: Dataset, count: int, seed: int) -> Dataset:
+    """`count` rows in the order in which they are trained on: every pass over them is another permutation.
+
+    TRL's own sampler begins its permutations anew in a run that goes on from a checkpoint.
+    """
+    rng = np.random.default_rng(seed)
+    passes = [rng.permutation(len(rows)) for _ in range(-(-count // len(rows)))]
+    return rows.select(np.concatenate(passes)[:count])

@@ -26,6 +26,13 @@ FULL = {  # field of the full record: fact of the corpus
     "緊急度": "urgency",
 }
 ITEMS = {"d": "機器", "s": "ソフト", "g": "物品"}  # class of a product, as triage names it
+DESKS = dict(  # who triage passes an enquiry on to
+    zip(
+        ["見積依頼", "納期確認", "不具合", "返品交換", "操作方法", "請求確認", "契約変更", "資料送付"],
+        ["営業", "物流", "技術", "品質管理", "サポート", "経理", "契約管理", "広報"],
+        strict=True,
+    )
+)
 GROUPS = {product[0]: ITEMS[product[1]] for product in lexicon.PRODUCTS}
 ASK = {
     "json": "次の問い合わせをJSONの記録にしてください。",
@@ -68,16 +75,16 @@ def answer_of(facts: dict[str, Any], record: str, form: str) -> str:
         noun = max((noun for noun in GROUPS if noun in str(facts["product"])), key=len)
         told = {
             "区分": told["区分"],
+            "回付先": DESKS[told["区分"]],
             "緊急度": told["緊急度"],
             "品目": GROUPS[noun],
-            "連絡": "メール" if "@" in str(facts["reply_to"]) else "電話",
-            "期限": "あり" if "deadline" in facts else "なし",
+            "返信": ("メール" if "@" in str(facts["reply_to"]) else "電話")
+            + ("、期限あり" if "deadline" in facts else "、期限なし"),
         }
     if form == "json":
         return json.dumps(told, ensure_ascii=False, separators=(",", ":"))
     if record == "triage":
-        handling = f"緊急度{told['緊急度']}、{told['連絡']}、期限{told['期限']}"
-        return f"用件: {told['区分']}\n対象: {told['品目']}\n対応: {handling}"
+        return f"用件: {told['区分']}({told['品目']})\n回付先: {told['回付先']}\n対応: {told['緊急度']}、{told['返信']}"
     request = unicodedata.normalize("NFKC", str(facts["request"]))
     return f"用件: {told['区分']}、{request}\n相手: {told['会社']} {told['担当者']}\n対象: {told['製品']}"
 
