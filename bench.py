@@ -53,7 +53,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         entries = bench_reader(Path(scratch))
     # Processes of their own: the crawl's benchmark forks, and torch is a lot to fork.
-    for part in ("bench_report.py", "bench_stability.py", "bench_pretrain.py", "bench_crawl.py"):
+    for part in ("bench_report.py", "bench_stability.py", "bench_posttrain.py", "bench_pretrain.py", "bench_crawl.py"):
         done = subprocess.run([sys.executable, part, "--json"], stdout=subprocess.PIPE, check=True)
         entries += json.loads(done.stdout)
     Path("bench.json").write_text(json.dumps(entries, indent=1) + "\n")

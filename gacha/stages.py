@@ -299,7 +299,7 @@ def failed(
 
 def failure(row: dict[str, Any], run: Run, scores: list[str]) -> dict[str, Any]:
     """What is known of why: the guard's verdict and events, and first and last of what it judges by."""
-    names = [*(f"eval/{score}" for score in scores[:1]), *EVIDENCE]
+    names = [*(f"{kind}/{score}" for score in scores[:1] for kind in ("watch", "eval")), *EVIDENCE]
     ends = {}
     for name in names:
         series = run.history.get(name)

@@ -131,7 +131,12 @@ def mean_of(
 
 
 def score_curve(row: dict[str, Any], run: Run, score: str) -> Series | None:
-    """A held-out score over updates, from the start at step 0."""
+    """A held-out score over updates, from the start at step 0: on the items watched in training, where there are any.
+
+    Those under `eval/` are measured before and after alone.
+    """
+    if (watched := figures.curve_of(run, f"watch/{score}")) is not None:
+        return Series(watched.step.astype(np.float64), watched.step.astype(np.float64), watched.value)
     curve = figures.curve_of(run, f"eval/{score}")
     if curve is None:
         return None
@@ -196,13 +201,15 @@ def path_of(row: dict[str, Any], run: Run, metric: str) -> tuple[np.ndarray, np.
     KL is measured on each batch and scatters: each point has the mean KL since the point before it, and of many
     updates neighbours are averaged.
     """
+    scored, watched = metric.startswith("eval/"), metric.replace("eval/", "watch/", 1)
+    metric = watched if watched in run.history else metric
     kl, other = run.history.get("policy/kl"), run.history.get(metric)
     if kl is None or other is None:
         return np.empty(0), np.empty(0)
     at, values = kl.step[np.isfinite(kl.value)], kl.value[np.isfinite(kl.value)]
     step, y = other.step[np.isfinite(other.value)], other.value[np.isfinite(other.value)]
-    start = row["before"].get(metric.removeprefix("eval/"), math.nan) if metric.startswith("eval/") else math.nan
-    if len(step) and step[0] == 0 and metric.startswith("eval/"):
+    start = row["before"].get(metric.removeprefix("eval/"), math.nan) if scored else math.nan
+    if len(step) and step[0] == 0 and scored:
         start, step, y = float(y[0]), step[1:], y[1:]
     if not len(at) or not len(step):
         return np.empty(0), np.empty(0)
