@@ -300,7 +300,11 @@ class Run:
         known = self.folder / "wandb_id"
         self.tracker = tracking.start(
             self.stage,
-            {**dataclasses.asdict(self.c), "limits": dataclasses.asdict(self.guard.limits)},
+            {
+                **dataclasses.asdict(self.c),
+                "limits": dataclasses.asdict(self.guard.limits),
+                "control": getattr(self.c, "random_weights", False),  # what the report sets apart
+            },
             name=self.name,
             recipe=self.recipe,
             tags=tags,
