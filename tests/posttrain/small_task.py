@@ -14,7 +14,7 @@ COMMON = {
     "lr": 1e-2,
     "batch_size": 4,
     "max_length": 64,
-    "max_new_tokens": 12,
+    "max_new_tokens": 20,
     "schedule": "constant",
     "warmup": 0.0,
     "samples": 2,

@@ -50,7 +50,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """What TRL's trainer computes its losses of, in order."""
     seen: list[dict[str, torch.Tensor]] = []
 
-    class Watched(sft.SFTTrainer):  # type: ignore[misc]
+    trainer: Any = vars(sft)["SFTTrainer"]
+
+    class Watched(trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
             seen.append({key: value.clone() for key, value in inputs.items() if torch.is_tensor(value)})
             return super().compute_loss(model, inputs, *rest, **more)
