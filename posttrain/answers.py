@@ -28,7 +28,7 @@ def generate(
     order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
-        how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0, "remove_invalid_values": True}
     device, training = next(model.parameters()).device, model.training
     model.eval()
     answers = [""] * len(ids)

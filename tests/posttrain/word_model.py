@@ -19,16 +19,21 @@ def make(folder: Path) -> Path:
 
     names = ["<s>", "</s>", "<pad>", "<a>", "<unk>", *WORDS]
     core = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special, additional_special_tokens=["<a>"])
     tokenizer.chat_template = TEMPLATE
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(names), **sizes, **ids, max_position_embeddings=64))
     with torch.no_grad():
-        model.lm_head.weight.mul_(10)  # else all words are about equally likely
+        model.lm_head.weight.mul_(5)  # or adapters could not tell the words apart
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
