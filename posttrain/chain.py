@@ -1,11 +1,10 @@
 """`python train.py office`: the office task end to end from a base model, each stage its own W&B run.
 
-    sft       the base on half of the taught rows' worth of updates: a half-trained model, so that there is something
-              left to gain
+    sft       the base on two thirds of the taught rows: a half-trained model, so that there is something left to gain
     dpo       from it, on pairs of its own answers
     grpo      from it, rewarded by format, fields and exact match
-    sft-full  the base on all of them: what more data alone would have brought
-    control   the same from random weights: what pretraining brought
+    control   the same SFT from random weights: what pretraining brought
+    sft-full  the base on all rows: what more data alone would have brought
 
 Every stage is a command that can be typed; all are measured on the same test items, before and after. A killed chain
 goes on where it stopped. Settings were chosen on the validation items alone.
@@ -27,7 +26,7 @@ import tracking
 from posttrain import models
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-STAGES = ("sft", "dpo", "grpo", "sft-full", "control")
+STAGES = ("sft", "dpo", "grpo", "control", "sft-full")
 MAIN = ("eval/exact_match", "eval/field_accuracy", "eval/valid", "eval/sampled_exact_match", "eval/sampled_sd")
 
 
@@ -48,16 +47,16 @@ class OfficeChainConfig:
     """full or triage, as `python -m posttrain.office` has them"""
     max_chars: int = 460
     """longest enquiry in characters"""
-    rows: int = 2000
+    rows: int = 2880
     """taught rows"""
     val: int = 64
     """validation items"""
     test: int = 192
     """test items"""
     sft_steps: int = 240
-    """updates of the full SFT"""
-    half: float = 0.5
-    """share of them that the half-trained model gets"""
+    """updates of SFT, and of its control"""
+    full_steps: int = 360
+    """updates of the fully trained SFT"""
     sft_lr: float = 3e-3
     """peak learning rate of SFT"""
     dpo_steps: int = 20
@@ -167,7 +166,7 @@ def command(c: OfficeChainConfig, name: str, base: str, results: dict[str, dict[
     if c.base_data:
         flags["base_data"] = c.base_data
     if name in ("sft", "sft-full", "control"):
-        steps = c.sft_steps if name != "sft" else max(1, round(c.half * c.sft_steps))
+        steps = c.full_steps if name == "sft-full" else c.sft_steps
         flags |= {"model": base, "data": f"{c.data}/sft.jsonl", "lr": c.sft_lr, "batch_size": c.batch_size}
         flags |= {
             "max_steps": steps,

@@ -22,12 +22,12 @@ from trl import DistillationConfig as TrlConfig
 from trl import DistillationTrainer
 
 import console
-from posttrain import chat, models, scoring, sft, stage, teacher
+from posttrain import chat, models, scoring, settings, sft, stage, teacher, trainers
 from posttrain.rows import load_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(stage.Common):
+class DistillConfig(settings.Common):
     teacher: str
     """model to learn from, of any kind that --model takes; with --method sequence also http(s)://HOST[:PORT][/v1]"""
     method: Literal["sequence", "logits"] = "sequence"
@@ -55,7 +55,7 @@ class DistillConfig(stage.Common):
 
 def main(argv: list[str], dry_run: bool = False) -> int:
     """Parse, check all that can be checked before the first step, and train."""
-    c = stage.complete(console.parse(DistillConfig, argv, "train.py distill"))
+    c = settings.complete(console.parse(DistillConfig, argv, "train.py distill"))
     check(c)
     rows = load_rows(c.data)
     if c.keep != "all" and "reference" not in rows.column_names:
@@ -85,7 +85,7 @@ def main(argv: list[str], dry_run: bool = False) -> int:
     if run.result:
         return run.code
     run.tracker.summary({"lineage/teacher": known})
-    make: Callable[[stage.Watch], Any]
+    make: Callable[[trainers.Watch], Any]
     if likely:
         taught = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
         make = functools.partial(on_policy, run, model, tokenizer, taught, likely)
@@ -108,12 +108,12 @@ def main(argv: list[str], dry_run: bool = False) -> int:
     run.tracker.summary(
         {f"data/dropped_{reason}": count for reason, count in told.items()} | {"data/rows": len(taught)}
     )
-    return stage.train(run, make, model, tokenizer)
+    return trainers.train(run, make, model, tokenizer)
 
 
 def check(c: Any) -> None:
     """Raises UserError naming the flag that does not fit."""
-    stage.check(c)
+    settings.check(c)
     if c.layers < 0:
         raise console.UserError(f"--layers {c.layers}: must be 0 or more")
     if c.teacher_samples < 1:
@@ -216,11 +216,11 @@ def same_words(c: Any, path: Any, model: Any, tokenizer: Any, prompt: Any) -> An
 
 
 def on_policy(
-    run: stage.Run, model: Any, tokenizer: Any, data: Dataset, master: Any, watch: stage.Watch
+    run: stage.Run, model: Any, tokenizer: Any, data: Dataset, master: Any, watch: trainers.Watch
 ) -> DistillationTrainer:
     """TRL's trainer; `data` has prompts alone."""
     settings = TrlConfig(
-        **stage.trainer_arguments(run),
+        **trainers.trainer_arguments(run),
         max_completion_length=run.c.max_new_tokens,
         beta=run.c.beta,
         temperature=run.c.temperature,
@@ -231,7 +231,7 @@ def on_policy(
         args=settings,
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=stage.lora(run.c),
+        peft_config=trainers.lora(run.c),
         callbacks=[watch],
     )
 

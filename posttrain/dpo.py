@@ -20,12 +20,12 @@ from trl import DPOTrainer, KTOTrainer
 from trl import KTOConfig as TrlKtoConfig
 
 import console
-from posttrain import answers, chat, models, scoring, stage
+from posttrain import answers, chat, models, scoring, settings, stage, trainers
 from posttrain.rows import load_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(stage.Common):
+class DpoConfig(settings.Common):
     loss: Literal["dpo", "ipo", "kto"] = "dpo"
     """dpo: sigmoid of the margin; ipo: the margin's distance from 1/(2 beta); kto: answers one by one, good or bad"""
     beta: float = 0.1
@@ -47,8 +47,8 @@ class DpoConfig(stage.Common):
 
 def main(argv: list[str], dry_run: bool = False) -> int:
     """Parse, check all that can be checked before the first step, and train."""
-    c = stage.complete(console.parse(DpoConfig, argv, "train.py dpo"))
-    stage.check(c)
+    c = settings.complete(console.parse(DpoConfig, argv, "train.py dpo"))
+    settings.check(c)
     if not c.beta > 0:
         raise console.UserError(f"--beta {c.beta}: must be positive")
     if not 0 <= c.label_smoothing < 0.5:
@@ -83,10 +83,15 @@ def main(argv: list[str], dry_run: bool = False) -> int:
         return run.code
     run.tracker.summary({f"data/dropped_{k}": v for k, v in told.items()} | {"data/rows": len(pairs)})
 
-    def make(watch: stage.Watch) -> Any:
-        shared = {**stage.trainer_arguments(run), "max_length": c.max_length, "beta": c.beta, "disable_dropout": True}
+    def make(watch: trainers.Watch) -> Any:
+        shared = {
+            **trainers.trainer_arguments(run),
+            "max_length": c.max_length,
+            "beta": c.beta,
+            "disable_dropout": True,
+        }
         rest = {"model": model, "train_dataset": pairs, "processing_class": tokenizer, "callbacks": [watch]}
-        rest["peft_config"] = stage.lora(c)
+        rest["peft_config"] = trainers.lora(c)
         if c.loss == "kto":
             return KTOTrainer(args=TrlKtoConfig(**shared), **rest)
         losses = ["sigmoid" if c.loss == "dpo" else "ipo", *(["sft"] if c.sft_weight else [])]
@@ -94,7 +99,7 @@ def main(argv: list[str], dry_run: bool = False) -> int:
         settings = TrlDpoConfig(**shared, loss_type=losses, loss_weights=weights, label_smoothing=c.label_smoothing)
         return DPOTrainer(args=settings, **rest)
 
-    return stage.train(run, make, model, tokenizer)
+    return trainers.train(run, make, model, tokenizer)
 
 
 def own_pairs(c: Any, rows: Dataset, model: Any, tokenizer: Any, fingerprint: str) -> Dataset:

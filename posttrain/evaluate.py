@@ -19,7 +19,7 @@ import tyro
 
 import console
 import tracking
-from posttrain import intervals, models
+from posttrain import forgetting, intervals, models
 from posttrain.intervals import Interval, Paired
 from posttrain.scoring import Score, score
 
@@ -155,7 +155,7 @@ def ask(path: Path, c: EvaluateConfig, held: Any) -> Answers:
         drawn,
         [score(answer, reference) for answer, reference in zip(greedy, held.references, strict=True)],
         [[score(one, reference) for one in item] for item, reference in zip(drawn, held.references, strict=True)],
-        stage.base_bpb(model, c.base_data, c.base_tokens) if c.base_data else None,
+        forgetting.base_bpb(model, c.base_data, c.base_tokens) if c.base_data else None,
     )
 
 

@@ -17,14 +17,14 @@ from trl import GRPOTrainer, RLOOTrainer
 from trl import RLOOConfig as TrlRlooConfig
 
 import console
-from posttrain import chat, models, rewards, stage
+from posttrain import chat, models, rewards, settings, stage, trainers
 from posttrain.rows import load_rows
 
 NO_WEIGHT = 1e-12  # of KL in the objective, with which TRL measures it and the update does not feel it
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoConfig(stage.Common):
+class GrpoConfig(settings.Common):
     algorithm: Literal["grpo", "rloo"] = "grpo"
     """how a completion's advantage is taken from its group's rewards"""
     rewards: str = "format=0.2,fields=1,exact=1"
@@ -53,8 +53,8 @@ class GrpoConfig(stage.Common):
 
 def main(argv: list[str], dry_run: bool = False) -> int:
     """Parse, check all that can be checked before the first step, and train."""
-    c = stage.complete(console.parse(GrpoConfig, argv, "train.py grpo"))
-    stage.check(c)
+    c = settings.complete(console.parse(GrpoConfig, argv, "train.py grpo"))
+    settings.check(c)
     if c.num_generations < 2 or c.batch_size % c.num_generations:
         raise console.UserError(
             f"--batch_size {c.batch_size} must be a multiple of --num_generations, which is 2 or more"
@@ -90,11 +90,13 @@ def main(argv: list[str], dry_run: bool = False) -> int:
         return run.code
     run.tracker.summary({"data/dropped_prompt_too_long": fits.count(False), "data/rows": len(data)})
     grouped = {"scale_rewards": c.scale_rewards, "loss_type": c.loss_type} if c.algorithm == "grpo" else {}
+    config: Any
+    trainer: Any
     config, trainer = (TrlGrpoConfig, GRPOTrainer) if c.algorithm == "grpo" else (TrlRlooConfig, RLOOTrainer)
 
-    def make(watch: stage.Watch) -> Any:
+    def make(watch: trainers.Watch) -> Any:
         settings = config(
-            **{**stage.trainer_arguments(run), "seed": c.sample_seed},
+            **{**trainers.trainer_arguments(run), "seed": c.sample_seed},
             num_generations=c.num_generations,
             max_completion_length=c.max_new_tokens,
             temperature=c.temperature,
@@ -111,11 +113,11 @@ def main(argv: list[str], dry_run: bool = False) -> int:
             args=settings,
             train_dataset=in_order(data, steps * prompts, c.data_seed),
             processing_class=tokenizer,
-            peft_config=stage.lora(c),
+            peft_config=trainers.lora(c),
             callbacks=[watch],
         )
 
-    return stage.train(run, make, model, tokenizer)
+    return trainers.train(run, make, model, tokenizer)
 
 
 def in_order(rows: Dataset, count: int, seed: int) -> Dataset:

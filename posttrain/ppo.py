@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import console
-from posttrain import chat, gae, models, rewards, rollout, stage
+from posttrain import chat, gae, models, rewards, rollout, settings, stage, trainers
 from posttrain.rows import load_rows
 from pretrain import checkpoint
 
@@ -35,7 +35,7 @@ STATE = "training.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PpoConfig(stage.Common):
+class PpoConfig(settings.Common):
     rewards: str = "format=0.2,fields=1,exact=1"
     """name=weight, several with commas: posttrain/rewards.py says which there are"""
     epochs: float = 1.0
@@ -78,8 +78,8 @@ class PpoConfig(stage.Common):
 
 def main(argv: list[str], dry_run: bool = False) -> int:
     """Parse, check all that can be checked before the first step, and train."""
-    c = stage.complete(console.parse(PpoConfig, argv, "train.py ppo"))
-    stage.check(c)
+    c = settings.complete(console.parse(PpoConfig, argv, "train.py ppo"))
+    settings.check(c)
     check(c)
     parts = rewards.parse(c.rewards)
     rows = load_rows(c.data, "prompt")
@@ -173,8 +173,8 @@ def make_models(c: PpoConfig, model: Any) -> Models:
         if c.lora_rank:
             from peft import get_peft_model
 
-            model = get_peft_model(model, stage.lora(c))
-            adapters = stage.lora(c)
+            model = get_peft_model(model, trainers.lora(c))
+            adapters = trainers.lora(c)
             adapters.task_type = None  # it has no language model's head
             decoder = get_peft_model(decoder, adapters)
         else:

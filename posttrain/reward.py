@@ -25,14 +25,14 @@ from trl import RewardTrainer
 
 import console
 from data import sources
-from posttrain import chat, models, rewards, stage
+from posttrain import chat, models, rewards, settings, stage, trainers
 from posttrain.rows import Message, load_rows
 
 JUDGES = ("accuracy",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig(stage.Common):
+class RewardConfig(settings.Common):
     watch_data: str | None = None
     """held-out preferences that the guard looks at in training, and the best checkpoint is chosen by"""
     test_data: str | None = None
@@ -88,8 +88,8 @@ class RewardRun(stage.Run):
 
 def main(argv: list[str], dry_run: bool = False) -> int:
     """Parse, check all that can be checked before the first step, and train."""
-    c = stage.complete(console.parse(RewardConfig, argv, "train.py reward"))
-    stage.check(c, JUDGES)
+    c = settings.complete(console.parse(RewardConfig, argv, "train.py reward"))
+    settings.check(c, JUDGES)
     if not 0 <= c.center < math.inf:
         raise console.UserError(f"--center {c.center}: must be 0 or more")
     if c.base_data:
@@ -123,11 +123,11 @@ def main(argv: list[str], dry_run: bool = False) -> int:
         return run.code
     run.tracker.summary({f"data/dropped_{k}": v for k, v in told.items()} | {"data/rows": len(data)})
 
-    def make(watch: stage.Watch) -> Any:
+    def make(watch: trainers.Watch) -> Any:
         settings = TrlConfig(
-            **stage.trainer_arguments(run), max_length=c.max_length, center_rewards_coefficient=c.center or None
+            **trainers.trainer_arguments(run), max_length=c.max_length, center_rewards_coefficient=c.center or None
         )
-        adapters = stage.lora(c)
+        adapters = trainers.lora(c)
         if adapters:
             adapters.task_type = "SEQ_CLS"  # which trains the head whole
         return RewardTrainer(
@@ -139,7 +139,7 @@ def main(argv: list[str], dry_run: bool = False) -> int:
             callbacks=[watch],
         )
 
-    return stage.train(run, make, model, tokenizer)
+    return trainers.train(run, make, model, tokenizer)
 
 
 def classifier(base: Any, tokenizer: Any, seed: int) -> Any:

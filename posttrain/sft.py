@@ -17,14 +17,14 @@ from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
 import console
-from posttrain import chat, models, stage
+from posttrain import chat, models, settings, stage, trainers
 from posttrain.rows import load_rows
 
 SAME = 1e-3  # difference of two logits that are the same but for rounding, float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(stage.Common):
+class SftConfig(settings.Common):
     epochs: float = 3.0
     """passes over the data"""
     random_weights: bool = False
@@ -39,8 +39,8 @@ class SftConfig(stage.Common):
 
 def main(argv: list[str], dry_run: bool = False) -> int:
     """Parse, check all that can be checked before the first step, and train."""
-    c = stage.complete(console.parse(SftConfig, argv, "train.py sft"))
-    stage.check(c)
+    c = settings.complete(console.parse(SftConfig, argv, "train.py sft"))
+    settings.check(c)
     if not 0 < c.keep <= 1:
         raise console.UserError(f"--keep {c.keep}: is a share of the rows, above 0 and at most 1")
     rows = load_rows(c.data, "messages")
@@ -72,7 +72,7 @@ def main(argv: list[str], dry_run: bool = False) -> int:
         return run.code
     run.tracker.summary({f"data/dropped_{reason}": count for reason, count in told.items()} | {"data/rows": len(rows)})
 
-    return stage.train(run, lambda watch: trainer(run, model, tokenizer, data, watch, c.packing), model, tokenizer)
+    return trainers.train(run, lambda watch: trainer(run, model, tokenizer, data, watch, c.packing), model, tokenizer)
 
 
 def new_weights(model: Any, seed: int) -> Any:
@@ -83,11 +83,11 @@ def new_weights(model: Any, seed: int) -> Any:
 
 
 def trainer(
-    run: stage.Run, model: Any, tokenizer: Any, data: Dataset, watch: stage.Watch, packing: bool = False
+    run: stage.Run, model: Any, tokenizer: Any, data: Dataset, watch: trainers.Watch, packing: bool = False
 ) -> SFTTrainer:
     """TRL's trainer on rows of `tokenized`."""
     settings = TrlConfig(
-        **stage.trainer_arguments(run),
+        **trainers.trainer_arguments(run),
         max_length=run.c.max_length,
         packing=packing,
         packing_strategy="bfd",
@@ -98,7 +98,7 @@ def trainer(
         args=settings,
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=stage.lora(run.c),
+        peft_config=trainers.lora(run.c),
         callbacks=[watch],
     )
 

@@ -1,4 +1,4 @@
-"""What every post-training stage shares: one run's folder, W&B record, guard and clock, and TRL's trainers on them.
+"""What every post-training stage shares: one run's folder, W&B record, guard and clock.
 
 A run lives in OUT/[SWEEP/]RECIPE-sSEED. The same command finds it again: a killed run goes on from its last checkpoint,
 a finished one says so. model/ is what came out, best/ the weights of the best evaluation.
@@ -9,182 +9,28 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from transformers import PrinterCallback, TrainerCallback
+from typing import Any, TextIO
 
 import console
 import tracking
-from data import shards
-from data.loader import TokenStream
-from posttrain import answers, models, trl_names
+from posttrain import answers, forgetting, models
 from posttrain.guard import Guard, Verdict
 from posttrain.limits import Limits
 from posttrain.rows import load_rows
+from posttrain.settings import NOT_RECIPE, SEEDS
 from pretrain import causal_lm
 from pretrain.pull import EXIT_CODE, home
 
 SAY_SECONDS = 5.0  # between lines of progress
 SAMPLES_SHOWN = 16  # rows of the table of answers
-BPB_WINDOW = 256  # tokens
 KL_PROMPTS = 16
-WSD_DECAY = 0.3  # share of the updates, as in pretraining
-SCHEDULES = {  # transformers' names
-    "linear": "linear",
-    "cosine": "cosine",
-    "constant": "constant_with_warmup",
-    "wsd": "warmup_stable_decay",
-}
 TEST_SEED = 7  # of the answers sampled to measure a model: the same for every run, so that a model is measured once
-
-
-@dataclass(frozen=True, kw_only=True)
-class Common:
-    """The fields that all stages have; each stage adds its own and sets its own defaults."""
-
-    model: str
-    """what to start from: a run's folder, a Hugging Face folder, a PEFT adapter's, or a GGUF file"""
-    data: str
-    """rows to train on: .jsonl or .parquet (a glob with jsonl: or parquet: before it), or hf:NAME[:CONFIG][:SPLIT]"""
-    watch_data: str | None = None
-    """held-out rows {prompt, reference} that the guard looks at in training, and the best checkpoint is chosen by"""
-    test_data: str | None = None
-    """held-out rows measured before and after; nothing is chosen on them. Default: watch_data"""
-    task: str = ""
-    """name of the task, for the report"""
-    out: str = "runs"
-    """folder that the run's own folder is made in"""
-    seed: int = 0
-    """sets the three seeds below where they are not given"""
-    init_seed: int | None = None
-    """draws new weights: an adapter's, a value head's, random ones"""
-    data_seed: int | None = None
-    """orders the rows"""
-    sample_seed: int | None = None
-    """draws completions, in training and in evaluation"""
-
-    epochs: float = 1.0
-    """passes over the data"""
-    max_steps: int = 0
-    """updates; 0: as many as `epochs` are"""
-    batch_size: int = 16
-    """rows of one update"""
-    micro_batch_size: int = 0
-    """rows of one forward and backward pass on one device; 0: all of them"""
-    max_length: int = 1024
-    """tokens of a row, prompt and answer; longer rows are dropped, counted and told"""
-    lr: float = 2e-5
-    """peak learning rate"""
-    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
-    """learning rate after the warm-up: down to 0, held, or held and down to 0 in the last three tenths"""
-    warmup: float = 0.05
-    """share of the updates with rising learning rate"""
-    weight_decay: float = 0.0
-    """decoupled"""
-    beta2: float = 0.999
-    """AdamW: decay of the second moment"""
-    grad_clip: float = 1.0
-    """largest L2 norm of the gradient"""
-    lora_rank: int = 0
-    """rank of LoRA adapters on all linear layers (Hu et al. 2021); 0: all weights are trained"""
-    lora_alpha: int = 0
-    """scale of the adapters; 0: twice the rank"""
-
-    on_verdict: Literal["stop", "rollback", "ignore"] = "stop"
-    """when the guard says that the run is lost. stop: it ends as diverged; rollback: it ends with the weights of its
-    best evaluation as its model; ignore: it goes on, and the verdict is recorded"""
-    judge: str = "exact_match"
-    """score of the held-out task that the guard and the best checkpoint go by: exact_match, field_accuracy or valid"""
-    watch_every: int = 20
-    """updates between looks at watch_data; 0: never"""
-    watch_items: int = 64
-    """rows of watch_data to look at"""
-    test_items: int = 0
-    """rows of test_data to measure; 0: all"""
-    samples: int = 4
-    """answers sampled at temperature 1 for each of test_data's prompts, beside the greedy one"""
-    max_new_tokens: int = 256
-    """tokens of a generated answer at most"""
-    base_data: str | None = None
-    """shards of the base's corpus, with its tokenizer: bits per byte on their val split before and after"""
-    base_tokens: int = 32_768
-    """tokens of that val split to read"""
-    log_every: int = 1
-    """updates between rows of metrics"""
-    checkpoint_every: int = 50
-    """updates between checkpoints that a killed run goes on from"""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: mixed precision, for GPUs"""
-    price_per_hour: float = 0.0
-    """price of one device-hour, for cost/money"""
-    currency: str = "JPY"
-    """currency of price_per_hour"""
-    json: bool = False
-    """print the result as one JSON object"""
-
-
-SEEDS = frozenset({"seed", "init_seed", "data_seed", "sample_seed"})
-# What is read enters as fingerprints, the start model apart: a recipe over seeds starts from a model of each seed.
-NOT_RECIPE = SEEDS | {
-    *("model", "data", "watch_data", "test_data", "base_data", "out", "json", "device", "price_per_hour", "currency"),
-    *("micro_batch_size", "watch_every", "watch_items", "test_items", "base_tokens", "log_every", "checkpoint_every"),
-}
-
-
-def complete(c: Any) -> Any:
-    """The configuration as it is recorded: every seed a number, the device a device, tests on what is watched."""
-    return dataclasses.replace(
-        c,
-        init_seed=c.seed if c.init_seed is None else c.init_seed,
-        data_seed=c.seed if c.data_seed is None else c.data_seed,
-        sample_seed=c.seed if c.sample_seed is None else c.sample_seed,
-        test_data=c.test_data or c.watch_data,
-        lora_alpha=c.lora_alpha or 2 * c.lora_rank,
-        device=c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
-    )
-
-
-def check(c: Any, judges: tuple[str, ...] = ("exact_match", "field_accuracy", "valid")) -> None:
-    """Raises UserError naming the flag that does not fit. judges: scores of the stage's held-out rows."""
-    for name in ("batch_size", "max_length", "max_new_tokens", "log_every", "checkpoint_every", "watch_items"):
-        if getattr(c, name) < 1:
-            raise console.UserError(f"--{name} {getattr(c, name)}: must be at least 1")
-    for name in ("lr", "epochs"):
-        if not 0 < getattr(c, name) < math.inf:
-            raise console.UserError(f"--{name} {getattr(c, name)}: must be positive")
-    if not 0 <= c.warmup <= 1:
-        raise console.UserError(f"--warmup {c.warmup}: is a share, from 0 to 1")
-    if not 0 <= c.beta2 < 1:
-        raise console.UserError(f"--beta2 {c.beta2}: must be at least 0 and below 1")
-    counts = ("max_steps", "micro_batch_size", "weight_decay", "lora_rank", "lora_alpha", "grad_clip", "watch_every")
-    for name in (*counts, "test_items", "samples", "base_tokens", "price_per_hour"):
-        if not 0 <= getattr(c, name) < math.inf:
-            raise console.UserError(f"--{name} {getattr(c, name)}: must be 0 or more")
-    for name in sorted(SEEDS, key=lambda name: name != "seed"):
-        if getattr(c, name) is not None and not 0 <= getattr(c, name) < 2**32:
-            raise console.UserError(f"--{name} {getattr(c, name)}: must be from 0 to 2^32 - 1")
-    if c.judge not in judges:
-        raise console.UserError(f"--judge {c.judge}: choose {' or '.join(judges)}")
-    if c.micro_batch_size and c.batch_size % c.micro_batch_size:
-        raise console.UserError(f"--micro_batch_size {c.micro_batch_size} must divide --batch_size {c.batch_size}")
-    if c.device == "cuda" and not torch.cuda.is_available():
-        raise console.UserError("--device cuda: torch sees no GPU here; use --device cpu or auto")
-    if c.on_verdict == "rollback" and not (c.watch_data and c.watch_every):
-        raise console.UserError("--on_verdict rollback: needs --watch_data, by which the best checkpoint is chosen")
 
 
 def digest(facts: Any) -> str:
@@ -410,7 +256,7 @@ class Run:
                 console.write_atomic(known, json.dumps([told, rows], ensure_ascii=False).encode())
         told = {f"eval/{name}": value for name, value in told.items()}
         if c.base_data:
-            told["base/bpb"] = base_bpb(model, c.base_data, c.base_tokens)
+            told["base/bpb"] = forgetting.base_bpb(model, c.base_data, c.base_tokens)
         return told, rows
 
     # --- end -------------------------------------------------------------------------------------------------------
@@ -534,119 +380,6 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         for file in old.iterdir():
             file.unlink()
         old.rmdir()
-
-
-@torch.no_grad()
-def base_bpb(model: Any, folder: str, tokens: int) -> float:
-    """Bits per byte of the val split of shards, in windows of BPB_WINDOW tokens: does tuning wreck the base?"""
-    manifest = shards.load(Path(folder))
-    if model.get_input_embeddings().num_embeddings < manifest["vocab_size"]:
-        raise console.UserError(
-            f"--base_data {folder}: its vocabulary is not the model's: build it with the model's own"
-        )
-    stream = TokenStream(Path(folder), manifest, "val", BPB_WINDOW)
-    sizes = torch.from_numpy(np.load(Path(folder) / "token_bytes.npy").astype(np.int64))
-    windows = max(1, min(stream.n_windows, tokens // BPB_WINDOW))
-    nats, size, device, training = 0.0, 0, next(model.parameters()).device, model.training
-    model.eval()
-    for at in range(0, windows, 16):
-        ids, targets = stream.windows(np.arange(at, min(at + 16, windows)))
-        logits = model(input_ids=ids.to(device)).logits.float().flatten(0, 1)
-        nats += float(F.cross_entropy(logits, targets.to(device).flatten(), ignore_index=-1, reduction="sum"))
-        size += int(sizes[targets[targets >= 0]].sum())
-    model.train(training)
-    return nats / size / math.log(2)
-
-
-# --- TRL's trainers --------------------------------------------------------------------------------------------------
-def trainer_arguments(run: Run) -> dict[str, Any]:
-    """What every TRL configuration is given: sizes, optimizer, seeds, and nothing that TRL would send or hide."""
-    c = run.c
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if c.batch_size % world:
-        raise console.UserError(f"--batch_size {c.batch_size} must be a multiple of the {world} processes")
-    micro = c.micro_batch_size or c.batch_size // world
-    return {
-        "output_dir": str(run.folder / "checkpoints"),
-        "max_steps": run.steps,
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": max(1, c.batch_size // world // micro),
-        "learning_rate": c.lr,
-        "lr_scheduler_type": SCHEDULES[c.schedule],
-        "lr_scheduler_kwargs": {"num_decay_steps": round(WSD_DECAY * run.steps)} if c.schedule == "wsd" else {},
-        "warmup_steps": round(c.warmup * run.steps),
-        "weight_decay": c.weight_decay,
-        "adam_beta2": c.beta2,
-        "max_grad_norm": c.grad_clip,
-        "optim": "adamw_torch",
-        "seed": c.init_seed,
-        "data_seed": c.data_seed,
-        "logging_steps": c.log_every,
-        "logging_nan_inf_filter": False,  # it prints NaN as 0.0
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "steps",
-        "save_steps": c.checkpoint_every,
-        "save_total_limit": 2,
-        "use_cpu": c.device == "cpu",
-        "bf16": c.dtype == "bfloat16",
-        "activation_checkpointing": False,
-        "gradient_checkpointing": False,
-    }
-
-
-def lora(c: Any) -> Any:
-    """PEFT's configuration of the adapters that `c` asks for; None for all weights."""
-    if not c.lora_rank:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-class Watch(TrainerCallback):  # type: ignore[misc]
-    """Ties a TRL trainer to a run: rows to W&B and the guard, looks at the held-out task, verdicts, signals, state."""
-
-    def __init__(self, run: Run, tokenizer: Any) -> None:
-        self.run, self.tokenizer = run, tokenizer
-
-    def on_log(self, _args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        row = trl_names.translate(logs or {}, self.run.stage)
-        row = {key: value for key, value in row.items() if not key.startswith(("train_", "total_", "epoch", "step_"))}
-        self.run.step = state.global_step
-        if row and state.global_step:
-            self.run.tokens = float((logs or {}).get("num_tokens", self.run.tokens))
-            self.run.log(row)
-        self.heed(control)
-
-    def on_step_end(self, _args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        run, c = self.run, self.run.c
-        run.step = state.global_step
-        if c.watch_every and run.step % c.watch_every == 0:
-            run.look(model, self.tokenizer)
-        if run.stop_signals:
-            control.should_save = control.should_training_stop = True
-        self.heed(control)
-
-    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
-        self.run.save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    def heed(self, control: Any) -> None:
-        if self.run.verdict and self.run.c.on_verdict != "ignore":
-            control.should_training_stop = True
-
-
-def train(run: Run, make_trainer: Callable[[Watch], Any], model: Any, tokenizer: Any) -> int:
-    """Measure, train with the trainer that `make_trainer` builds, measure again. Returns the exit code."""
-    watch = Watch(run, tokenizer)
-    begin(run, model, tokenizer)
-    trainer = make_trainer(watch)
-    run.reference = getattr(trainer, "ref_model", None)
-    trainer.remove_callback(PrinterCallback)  # stdout is for the result
-    with heeded_signals(run):
-        point = run.checkpoint
-        trainer.train(resume_from_checkpoint=str(point) if point else None)
-        return run.close(trainer.model, tokenizer)
 
 
 def begin(run: Run, model: Any, tokenizer: Any) -> None:

@@ -28,7 +28,7 @@ class Taught:
 
     def __init__(self, folder: Path, base: Path) -> None:
         self.chats, self.test = small_task.write(folder)
-        more = {"model": base, "data": self.chats, "watch_data": self.test, "watch_every": 0}
+        more: dict[str, Any] = {"model": base, "data": self.chats, "watch_data": self.test, "watch_every": 0}
         self.run = small_task.train(sft.main, folder / "runs", max_steps=24, **more)
         self.model = self.run.result["model"]
 
