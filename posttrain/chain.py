@@ -51,7 +51,7 @@ class OfficeChainConfig:
     """taught rows"""
     val: int = 64
     """validation items"""
-    test: int = 192
+    test: int = 128
     """test items"""
     sft_steps: int = 240
     """updates of SFT, and of its control"""
@@ -79,7 +79,7 @@ class OfficeChainConfig:
     """tokens of a prompt with its answer"""
     max_new_tokens: int = 80
     """tokens of an answer"""
-    samples: int = 4
+    samples: int = 3
     """answers sampled to each test prompt"""
     base_data: str | None = None
     """shards of the base's corpus: bits per byte before and after each stage"""

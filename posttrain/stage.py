@@ -386,7 +386,8 @@ def begin(run: Run, model: Any, tokenizer: Any) -> None:
     """Put the model on its device; measure what a new run starts from."""
     model.to(run.c.device)
     if not run.before:
-        run.before, _ = run.measure(model, tokenizer, run.lineage["model"])
+        new = f" new weights {run.c.init_seed}" if getattr(run.c, "random_weights", False) else ""
+        run.before, _ = run.measure(model, tokenizer, run.lineage["model"] + new)
         if run.before:
             run.tracker.log({"step": 0, **run.before}, step=0)
         if run.watch:
