@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -61,7 +62,7 @@ def main(argv: list[str], dry_run: bool = False) -> int:
     if c.keep != "all" and "reference" not in rows.column_names:
         raise console.UserError(f"--keep {c.keep}: rows of {c.data} have no reference to score answers by")
     start = models.find(c.model)
-    master = None if teacher.is_url(c.teacher) else find_teacher(c.teacher)
+    master = None if teacher.is_url(c.teacher) else find_teacher(c.teacher, c.method)
     if dry_run:
         console.print_result(dataclasses.asdict(c), as_json=True)
         return 0
@@ -130,12 +131,17 @@ def check(c: Any) -> None:
         raise console.UserError(f"--teacher {c.teacher}: an endpoint has no logits: use --method sequence")
 
 
-def find_teacher(name: str) -> Any:
-    """`models.find`, with the flag named."""
+def find_teacher(name: str, method: str) -> Path:
+    """`models.find`, with the flag named. Raises UserError also where the teacher could not answer."""
     try:
-        return models.find(name)
+        path = models.find(name)
     except console.UserError as mistake:
         raise console.UserError(f"--teacher {mistake}") from None
+    if method == "sequence" and (path / models.ADAPTER).is_file():
+        raise console.UserError(f"--teacher {name} is an adapter: merge it first, by python -m posttrain.export")
+    if method == "sequence" and not models.load_tokenizer(path).chat_template:
+        raise console.UserError(f"--teacher {name} has no chat template, so it was never taught to answer: tune it")
+    return path
 
 
 def steps_of(c: Any, rows: int) -> int:
@@ -199,7 +205,7 @@ def asked(run: stage.Run, prompts: list[Any], references: list[str | None], name
     return Dataset.from_list(rows), lost
 
 
-def same_words(c: Any, path: Any, model: Any, tokenizer: Any, prompt: Any) -> Any:
+def same_words(c: Any, path: Path, model: Any, tokenizer: Any, prompt: Any) -> Any:
     """The teacher at `path`. Raises UserError unless it has the student's vocabulary and chat template."""
     master, words = models.load(path)
     chat.install_template(words, master)

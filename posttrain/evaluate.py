@@ -173,9 +173,10 @@ def summary(told: Answers, forms: list[str] | None, seed: int) -> dict[str, Any]
     if told.again[0]:
         found |= {f"sampled_{name}": intervals.over_items(told.means(name), seed) for name in SCORES}
         exact = np.array([[one.exact for one in item] for item in told.again], dtype=np.int64)
-        spread = intervals.spread(exact)
-        found |= {"sampled_sd": float(exact.std(axis=1).mean()), "sampled_rerun_sd": spread.rerun_sd}
-        found |= {"variance_within_items": spread.within, "variance_between_items": spread.between}
+        if min(exact.shape) > 1:
+            spread = intervals.spread(exact)
+            found |= {"sampled_sd": float(exact.std(axis=1).mean()), "sampled_rerun_sd": spread.rerun_sd}
+            found |= {"variance_within_items": spread.within, "variance_between_items": spread.between}
         for k in range(1, exact.shape[1] + 1):
             found[f"pass@{k}"] = intervals.over_items(
                 intervals.pass_at_k(exact.shape[1], exact.sum(axis=1), k).tolist(), seed
@@ -249,7 +250,7 @@ def plain(value: Any) -> Any:
     """A value of the result as JSON has it."""
     if isinstance(value, (Interval, Paired)):
         return {key: one for key, one in value._asdict().items() if one is not None}
-    return None if isinstance(value, float) and value != value else value
+    return value
 
 
 def shown(value: Any) -> Any:

@@ -83,10 +83,8 @@ class Spread(NamedTuple):
 
 
 def spread(right: np.ndarray) -> Spread:
-    """`right`: booleans (items, samples), at least two of each. NaN where there are fewer."""
+    """`right`: booleans (items, samples), at least two of each."""
     items, samples = right.shape
-    if items < 2 or samples < 2:
-        return Spread(float("nan"), float("nan"), float("nan"))
     within = float(right.var(axis=1, ddof=1).mean())
     between = float(right.mean(axis=1).var(ddof=1)) - within / samples
     return Spread(within, max(0.0, between), float(np.sqrt(within / items)))

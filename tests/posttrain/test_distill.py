@@ -119,6 +119,16 @@ def test_layers_are_evenly_chosen_and_the_student_reloads(tune: Distil, tmp_path
         tune(tmp_path, model=teacher, layers=3)
 
 
+def test_an_adapter_teaches_by_its_probabilities_and_once_merged_by_its_answers(
+    tune: Distil, tmp_path: Path, llama: Any, files: Files
+) -> None:
+    flags = {"model": llama.checkpoint, "data": files[0], "max_steps": 1, "lora_rank": 2}
+    adapter = small_task.train(sft.main, tmp_path / "adapter", **flags).folder
+    assert tune(tmp_path, teacher=adapter, method="logits", max_steps=1).code == 0
+    with pytest.raises(console.UserError, match="is an adapter: merge it first"):
+        tune(tmp_path, teacher=adapter)
+
+
 def test_random_weights_are_the_control(tune: Distil, tmp_path: Path) -> None:
     tuned, control = tune(tmp_path, max_steps=1), tune(tmp_path, max_steps=1, random_weights=True)
     assert tuned.folder != control.folder and tuned.weights != control.weights
@@ -144,15 +154,19 @@ def test_vocabularies_and_templates_must_be_one_for_probabilities(tune: Distil, 
         ({"teacher": "nowhere"}, "--teacher nowhere: no such model"),
         ({"method": "logits", "teacher": "http://127.0.0.1:9"}, "an endpoint has no logits"),
         ({"teacher_samples": 2}, "--teacher_temperature 0.0: must be"),
+        ({"teacher": "BASE"}, "has no chat template, so it was never taught to answer"),
         ({"beta": 2}, "--beta 2.0: must be from 0 to 1"),
         ({"keep": "exact", "data": "CHATS"}, "have no reference to score answers by"),
         ({"max_length": 4}, "no prompt fits in --max_length 4"),
         ({"max_new_tokens": 1}, "no answer to learn from"),
     ],
 )
-def test_mistakes_are_one_line(tune: Distil, tmp_path: Path, files: Files, flags: dict[str, Any], said: str) -> None:
+def test_mistakes_are_one_line(
+    tune: Distil, tmp_path: Path, files: Files, llama: Any, flags: dict[str, Any], said: str
+) -> None:
+    known = {"CHATS": files[0], "BASE": llama.checkpoint}
     with pytest.raises(console.UserError) as mistake:
-        tune(tmp_path, **{name: files[0] if value == "CHATS" else value for name, value in flags.items()})
+        tune(tmp_path, **{name: known.get(value, value) for name, value in flags.items()})
     assert said in str(mistake.value) and "\n" not in str(mistake.value)
 
 
