@@ -146,7 +146,8 @@ class ValueModel(nn.Module):
     def forward(self, last: int, **inputs: Tensor) -> Tensor:
         """(rows, last): values of the states in which each of the `last` tokens was chosen."""
         hidden = self.decoder(**inputs, use_cache=False).last_hidden_state
-        return self.head(hidden[:, -last - 1 : -1].float())[..., 0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden[:, -last - 1 : -1].float())[..., 0]
 
 
 @dataclass
@@ -189,7 +190,7 @@ def token_rewards(c: PpoConfig, score: Tensor, log_ratio: Tensor, mask: Tensor, 
     """What every token earns: its share of the KL's price, and the last one the answer's score."""
     told = -kl_coef * log_ratio
     last = mask.sum(-1) - 1
-    told[torch.arange(len(told)), last] += score
+    told[torch.arange(len(told), device=told.device), last] += score
     return gae.whiten(told, mask, shift=False) if c.whiten_rewards else told * mask
 
 
