@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
+from trl.data_utils import pack_dataset
 
 import console
 from posttrain import chat, models, settings, stage, trainers
@@ -30,7 +31,7 @@ class SftConfig(settings.Common):
     random_weights: bool = False
     """begin with new weights of the model's shape: the control that tells what pretraining brought"""
     packing: bool = False
-    """several rows in one sequence of max_length tokens"""
+    """several rows in one sequence of max_length tokens; an update has batch_size such sequences"""
     keep: float = 1.0
     """share of the data to train on, the first rows: half-trained models for studies of what comes after"""
     show: int = 0
@@ -43,6 +44,8 @@ def main(argv: list[str], dry_run: bool = False) -> int:
     settings.check(c)
     if not 0 < c.keep <= 1:
         raise console.UserError(f"--keep {c.keep}: is a share of the rows, above 0 and at most 1")
+    if c.show < 0:
+        raise console.UserError(f"--show {c.show}: must be 0 or more")
     rows = load_rows(c.data, "messages")
     start = models.find(c.model)
     if dry_run:
@@ -51,7 +54,8 @@ def main(argv: list[str], dry_run: bool = False) -> int:
     model, tokenizer = models.load(start)
     chat.install_template(tokenizer, model)
     if c.show:
-        print("\n\n".join(chat.show_mask(tokenizer, row["messages"]) for row in rows.select(range(c.show))))
+        some = rows.select(range(min(c.show, len(rows))))
+        print("\n\n".join(chat.show_mask(tokenizer, row["messages"]) for row in some))
         return 0
     rows = rows.select(range(max(1, round(c.keep * len(rows)))))
     rows, dropped = chat.drop_long(rows, tokenizer, c.max_length)
@@ -64,15 +68,28 @@ def main(argv: list[str], dry_run: bool = False) -> int:
         model = new_weights(model, c.init_seed)
         chat.install_template(tokenizer, model)
     data = tokenized(rows, tokenizer)
+    say_beyond(model, max(map(len, data["input_ids"])))
+    sequences = len(data)
     if c.packing:
         prove_apart(model, data)
-    steps = c.max_steps or max(1, int(c.epochs * len(data) / c.batch_size))
+        sequences = len(pack_dataset(data, c.max_length, "bfd"))
+    steps = c.max_steps or max(1, int(c.epochs * sequences / c.batch_size))
     run = stage.open_run("sft", c, start, steps, {"control": c.random_weights})
     if run.result:
         return run.code
     run.tracker.summary({f"data/dropped_{reason}": count for reason, count in told.items()} | {"data/rows": len(rows)})
 
     return trainers.train(run, lambda watch: trainer(run, model, tokenizer, data, watch, c.packing), model, tokenizer)
+
+
+def say_beyond(model: Any, longest: int) -> None:
+    """A line on stderr where rows are longer than what the model was made for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest > limit:
+        print(
+            f"the longest row has {longest} tokens, and the model was made for {limit}: positions beyond are new to it",
+            file=sys.stderr,
+        )
 
 
 def new_weights(model: Any, seed: int) -> Any:

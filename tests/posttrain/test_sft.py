@@ -97,9 +97,11 @@ def test_the_trainer_gets_answers_and_their_end_alone(
 def test_packed_rows_do_not_see_each_other(
     tune: Sft, tmp_path: Path, llama: Any, batches: list[dict[str, torch.Tensor]]
 ) -> None:
-    run = tune(tmp_path, max_steps=1, batch_size=1, packing=True)
+    run = tune(tmp_path, epochs=1, batch_size=1, packing=True)
     _, tokenizer = models.load(run.folder / "model")
-    [batch] = batches
+    assert run.result["step"] == len(batches) < len(small_task.items()), "an epoch is over sequences"
+    assert sum(int((batch["position_ids"] == 0).sum()) for batch in batches) == len(small_task.items())
+    batch = batches[0]
     ids, positions = batch["input_ids"][0], batch["position_ids"][0]
     begins = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
     assert len(begins) > 2, "several rows in one sequence"
@@ -155,6 +157,15 @@ def test_show_prints_the_mask_and_trains_nothing(
     marked = [line.startswith("*") for line in lines]
     assert marked == sorted(marked) and 0 < sum(marked) < len(lines), "first the prompt, then the answer"
     assert lines[-1].split() == ["*", "</s>"] and not list(tmp_path.iterdir())
+    assert sft.main([f"--model={llama.checkpoint}", f"--data={files[0]}", "--show=99"]) == 0, "as many as there are"
+
+
+def test_rows_beyond_the_model_s_positions_are_told_of(
+    tune: Sft, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", ("長い" * 30, "はい"))
+    tune(tmp_path / "out", data=data, max_steps=1, max_length=256)
+    assert "and the model was made for 64: positions beyond are new to it" in capsys.readouterr().err
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
