@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import console
-from data import inquiries, lexicon
+from data import inquiries
 
 FULL = {  # field of the full record: fact of the corpus
     "受付番号": "inquiry_no",
@@ -25,7 +25,6 @@ FULL = {  # field of the full record: fact of the corpus
     "区分": "category",
     "緊急度": "urgency",
 }
-ITEMS = {"d": "機器", "s": "ソフト", "g": "物品"}  # class of a product, as triage names it
 DESKS = dict(  # who triage passes an enquiry on to
     zip(
         ["見積依頼", "納期確認", "不具合", "返品交換", "操作方法", "請求確認", "契約変更", "資料送付"],
@@ -33,7 +32,6 @@ DESKS = dict(  # who triage passes an enquiry on to
         strict=True,
     )
 )
-GROUPS = {product[0]: ITEMS[product[1]] for product in lexicon.PRODUCTS}
 ASK = {
     "json": "次の問い合わせをJSONの記録にしてください。",
     "summary": "次の問い合わせを3行に要約してください。",
@@ -72,19 +70,17 @@ def answer_of(facts: dict[str, Any], record: str, form: str) -> str:
     """The right answer to an enquiry with these facts."""
     told = {name: unicodedata.normalize("NFKC", str(facts[fact])) for name, fact in FULL.items()}
     if record == "triage":
-        noun = max((noun for noun in GROUPS if noun in str(facts["product"])), key=len)
         told = {
             "区分": told["区分"],
             "回付先": DESKS[told["区分"]],
             "緊急度": told["緊急度"],
-            "品目": GROUPS[noun],
             "返信": ("メール" if "@" in str(facts["reply_to"]) else "電話")
             + ("、期限あり" if "deadline" in facts else "、期限なし"),
         }
     if form == "json":
         return json.dumps(told, ensure_ascii=False, separators=(",", ":"))
     if record == "triage":
-        return f"用件: {told['区分']}({told['品目']})\n回付先: {told['回付先']}\n対応: {told['緊急度']}、{told['返信']}"
+        return f"用件: {told['区分']}\n回付先: {told['回付先']}\n対応: 緊急度{told['緊急度']}、{told['返信']}"
     request = unicodedata.normalize("NFKC", str(facts["request"]))
     return f"用件: {told['区分']}、{request}\n相手: {told['会社']} {told['担当者']}\n対象: {told['製品']}"
 
