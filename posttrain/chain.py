@@ -53,7 +53,7 @@ class OfficeChainConfig:
     """validation items"""
     test: int = 128
     """test items"""
-    sft_steps: int = 240
+    sft_steps: int = 200
     """updates of SFT, and of its control"""
     full_steps: int = 360
     """updates of the fully trained SFT"""
@@ -77,7 +77,7 @@ class OfficeChainConfig:
     """completions of an update of GRPO, eight a prompt"""
     max_length: int = 512
     """tokens of a prompt with its answer"""
-    max_new_tokens: int = 80
+    max_new_tokens: int = 64
     """tokens of an answer"""
     samples: int = 3
     """answers sampled to each test prompt"""
