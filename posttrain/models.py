@@ -77,6 +77,8 @@ def load(path: Path, dtype: Any = None, base: str | None = None) -> tuple[Any, A
             for name in ("is_quantized", "quantization_method", "hf_quantizer"):
                 vars(model).pop(name, None)
             vars(model.config).pop("quantization_config", None)
+            # Saving an adapter, peft looks for a folder to see whether the vocabulary grew.
+            warnings.filterwarnings("ignore", "Could not find a config file")
         # An adapter notes the name of its base; of a GGUF file transformers only keeps the folder.
         model.config._name_or_path = model.name_or_path = str(path.resolve())
         return model, load_tokenizer(path)
