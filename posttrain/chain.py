@@ -65,9 +65,9 @@ class OfficeChainConfig:
     """peak learning rate of DPO"""
     dpo_prompts: int = 64
     """prompts whose sampled answers make the pairs"""
-    grpo_steps: int = 30
+    grpo_steps: int = 40
     """updates of GRPO"""
-    grpo_lr: float = 3e-4
+    grpo_lr: float = 5e-4
     """peak learning rate of GRPO"""
     beta: float = 0.02
     """weight of KL in GRPO"""
@@ -182,7 +182,7 @@ def command(c: OfficeChainConfig, name: str, base: str, results: dict[str, dict[
         flags |= {"prompts": c.dpo_prompts}
     else:
         flags |= {"lr": c.grpo_lr, "max_steps": c.grpo_steps, "batch_size": c.completions, "watch_every": 10}
-        flags |= {"beta": c.beta}
+        flags |= {"beta": c.beta, "schedule": "linear"}
     return [name, *(f"--{key}={value}" for key, value in flags.items())]
 
 
