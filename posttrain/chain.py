@@ -33,7 +33,7 @@ MAIN = ("eval/exact_match", "eval/field_accuracy", "eval/valid", "eval/sampled_e
 @dataclass(frozen=True)
 class OfficeChainConfig:
     model: str
-    """base model: a run's folder or a Hugging Face folder; with ...*/ the run below it with the best val/bpb"""
+    """base model: a run's folder, a Hugging Face folder, or a folder of pulls, whose best val/bpb is taken"""
     data: str = "out/office"
     """folder of `python -m posttrain.office`; made if it is not there"""
     out: str = "runs"
