@@ -9,7 +9,7 @@ quickstart: $(INSTALLED)
 	mkdir -p out/quickstart
 	WANDB_DIR=out/quickstart $(BIN)/python -m data build --source inquiries --documents 3000 --vocab_size 2048 --out out/quickstart/data
 	WANDB_DIR=out/quickstart $(BIN)/python -m gacha run sweeps/quickstart.yaml --jobs 2
-	WANDB_DIR=out/quickstart $(BIN)/python -m gacha run sweeps/posttrain.yaml --jobs 2
+	WANDB_DIR=out/quickstart $(BIN)/python -m gacha run sweeps/quickstart_posttrain.yaml --jobs 2
 	WANDB_DIR=out/quickstart $(BIN)/python -m gacha report out/quickstart/wandb --out out/quickstart/report.html
 
 test: $(INSTALLED)
