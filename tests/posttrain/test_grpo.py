@@ -172,7 +172,7 @@ def test_the_loss_is_the_papers(taught: Taught, tmp_path: Path, loss: str) -> No
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_pairs_of_the_models_own_answers(taught: Taught, tmp_path: Path, loss: str) -> None:
     flags = {"model": taught.model, "data": taught.test, "loss": loss, "max_steps": 2, "watch_data": taught.test}
-    flags |= {"watch_every": 1, "pair_samples": 4, "pair_temperature": 2.0}
+    flags |= {"watch_every": 1, "pair_samples": 8, "pair_temperature": 1.0}
     told = small_task.train(dpo.main, tmp_path, True, **flags)
     assert told.code == 0
     (run,) = runs.read(tmp_path)
