@@ -84,7 +84,10 @@ def log_stage(
 @pytest.fixture(scope="module")
 def office(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The office task's road: SFT and its control, a DPO that brings nothing, one that harms, GRPO, a lonely KTO."""
+    import wandb
+
     folder = tmp_path_factory.mktemp("office")
+    wandb.teardown()  # it reads the environment once, and another test of this process may have made it do so
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("WANDB_MODE", "offline")
         for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
@@ -103,8 +106,6 @@ def office(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed, gain in enumerate(GRPO):
             log_stage("grpo", "bbbb", seed, 0.5, 0.5 + gain, kl=0.03 + 0.01 * rng.random())
         log_stage("kto", "ffff", 0, 0.85, 0.88)
-    import wandb
-
     wandb.teardown()
     return folder
 

@@ -1,6 +1,7 @@
 """The office chain through its door: stopped in its first stage, gone on with, recorded; mistakes come first."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     Spawner = Callable[..., subprocess.Popen[str]]
 
-SMALL = {"rows": 48, "val": 4, "test": 4, "sft_steps": 40, "grpo_steps": 2, "completions": 8, "max_new_tokens": 8}
+SMALL = {"rows": 48, "val": 4, "test": 4, "sft_steps": 100, "grpo_steps": 2, "completions": 8, "max_new_tokens": 8}
 SMALL |= {"max_chars": 420, "max_length": 640, "samples": 1, "batch_size": 2}
 
 
@@ -33,7 +34,7 @@ def test_a_stopped_chain_goes_on_and_every_stage_is_a_run(
     first = spawn(argv, **environment)
     assert first.stderr
     for line in first.stderr:
-        if "step 1" in line:
+        if re.search(r"step [1-9]", line):
             break
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=120)
